@@ -1,0 +1,49 @@
+# make setup   the virtual environment .venv with the `harness` command
+# make demo    fine-tune a small pretrained base on real pairs and print scores and translations
+# make test    every test;  make quick: only those without processes
+# make lint    formatting, lint and types
+# make bench   the measurements of benchmarks/
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.stamp
+
+quick test: export DS_ACCELERATOR = cpu
+quick test: export OMP_NUM_THREADS = 1
+quick test: export TOKENIZERS_PARALLELISM = false
+quick test demo: export HF_HUB_OFFLINE = 1
+
+.PHONY: setup demo test quick lint format docs bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python -m examples.demo
+
+quick: setup
+	$(BIN)/pytest -m "not slow and not cluster"
+
+test: quick
+	$(BIN)/pytest -m "slow and not cluster"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: setup
+	$(BIN)/python -m harness.config.reference > docs/configuration.md.tmp && mv docs/configuration.md.tmp docs/configuration.md
+
+bench: setup
+	$(BIN)/python -m benchmarks.run
+
+clean:
+	rm -rf .pytest_cache .mypy_cache .ruff_cache build *.egg-info

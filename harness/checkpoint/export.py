@@ -1,0 +1,61 @@
+"""From a checkpoint to a Hugging Face directory that plain transformers loads, compared before it is called done."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.checkpoint.state import CheckpointTensors
+from harness.checkpoint.store import Checkpoint
+from harness.errors import DataError
+from harness.io.atomic import fsync_directory
+
+
+def overwrite_parameters(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Give a float32 model the master weights of a checkpoint. Raises DataError if names or shapes differ."""
+    tensors = CheckpointTensors(checkpoint.directory)
+    parameters = dict(model.named_parameters())
+    if unknown := sorted(set(parameters) ^ set(tensors.names())):
+        what = f"{len(unknown)} parameters are not in both model and checkpoint: {', '.join(unknown[:5])}"
+        raise DataError(what, where=str(checkpoint.directory))
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors.whole(name))
+
+
+def export_model(
+    model: Any,
+    tokenizer: Any,
+    directory: Path,
+    *,
+    dtype: torch.dtype,
+    reload: Callable[[Path], Any],
+    fixed_batch: dict[str, Tensor],
+) -> None:
+    """Write `model` (float32, master weights) and its tokeniser to `directory`, atomically.
+
+    `reload` opens the written directory with plain transformers; its logits on `fixed_batch` must equal those of the
+    model in memory, element by element, or nothing is left behind and DataError is raised.
+    """
+    model = model.to(dtype).eval()
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    with torch.no_grad():
+        expected = model(**fixed_batch).logits
+        actual = reload(temporary).to(dtype).eval()(**fixed_batch).logits
+    if not torch.equal(expected, actual):
+        difference = float((expected.float() - actual.float()).abs().max())
+        shutil.rmtree(temporary)
+        raise DataError(f"the exported model's logits differ by {difference:g} from the trained one's")
+    fsync_directory(temporary)
+    shutil.rmtree(directory, ignore_errors=True)
+    os.rename(temporary, directory)
+    fsync_directory(directory.parent)

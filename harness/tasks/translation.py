@@ -1,0 +1,124 @@
+"""Translation with an encoder-decoder: what a row becomes, and what a decoded row reads like.
+
+Shapes: B rows, S source positions, T target positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness.config.schema import DataConfig
+from harness.data.cache import Encoded
+from harness.data.sources import Row
+from harness.models.families import Family
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A padded micro-batch on the device; `inputs` are the keyword arguments of the model's forward pass."""
+
+    inputs: dict[str, Tensor]
+    labels_BT: Tensor
+    num_padded_tokens: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class TranslationTask:
+    """Rows, token ids and text of one tokeniser and model family."""
+
+    tokenizer: PreTrainedTokenizerBase
+    family: Family
+    data: DataConfig
+
+    def encode(self, rows: Sequence[Row]) -> list[Encoded]:
+        """Token ids of many rows, language tags included; raises DataError for a tag the tokeniser lacks."""
+        sources = self.family.encode_sources(
+            self.tokenizer,
+            [self.data.source_prefix + row.source for row in rows],
+            [row.source_language for row in rows],
+            self.data.max_source_length,
+        )
+        targets = self.family.encode_targets(
+            self.tokenizer,
+            [row.target for row in rows],
+            [row.target_language for row in rows],
+            self.data.max_target_length,
+        )
+        return [
+            Encoded(source.ids, target.ids, self._start(row.target_language), source.truncated or target.truncated)
+            for row, source, target in zip(rows, sources, targets, strict=True)
+        ]
+
+    def collate(self, examples: Sequence[tuple[Sequence[int], Sequence[int], int]], device: torch.device) -> Batch:
+        """Pad (input_ids, labels, decoder_start) examples. No examples give one row without target tokens, so that
+        a rank short of rows still takes part in the collectives of a forward and backward pass.
+
+        The decoder input is always `[decoder_start] + labels[:-1]`.
+        """
+        num_tokens = sum(max(len(source), len(labels)) for source, labels, _ in examples)
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        sources = [source for source, _, _ in examples] or [[eos]]
+        labels = [labels for _, labels, _ in examples] or [[IGNORED]]
+        starts = [[start, *row[:-1]] for _, row, start in examples] or [[eos]]
+        input_ids_BS = _pad(sources, pad)
+        mask_BS = _pad([[1] * len(source) for source in sources], 0)
+        inputs = {"input_ids": input_ids_BS, "attention_mask": mask_BS, "decoder_input_ids": _pad(starts, pad)}
+        labels_BT = _pad(labels, IGNORED)
+        padded = len(examples) * max(input_ids_BS.shape[1], labels_BT.shape[1])
+        return Batch({k: v.to(device) for k, v in inputs.items()}, labels_BT.to(device), padded, num_tokens)
+
+    def collate_sources(
+        self, examples: Sequence[tuple[Sequence[int], Sequence[int], int]], device: torch.device
+    ) -> dict[str, Any]:
+        """What beam search needs of the same examples: sources, decoder starts and forced first tokens."""
+        sources = [source for source, _, _ in examples]
+        forced = [int(row[0]) for _, row, _ in examples] if self.family.force_language else None
+        return {
+            "input_ids_BS": _pad(sources, self.tokenizer.pad_token_id).to(device),
+            "attention_mask_BS": _pad([[1] * len(source) for source in sources], 0).to(device),
+            "decoder_start_B": torch.tensor([start for _, _, start in examples], device=device),
+            "forced_first": forced,
+        }
+
+    def to_text(self, token_ids: Sequence[int]) -> str:
+        """Text of a hypothesis, one line, tags left out."""
+        return " ".join(self.family.decode(self.tokenizer, [token_ids])[0].split())
+
+    def show(self, row: Row) -> str:
+        """One row as the model will see it, token by token, for `harness check`."""
+        (encoded,) = self.encode([row])
+        starts = [encoded.decoder_start, *encoded.labels[:-1]]
+        lines = {"source": encoded.input_ids, "decoder input": starts, "labels": encoded.labels}
+        width = max(map(len, lines))
+        return "\n".join(
+            f"{name:>{width}}: {' '.join(self.tokenizer.convert_ids_to_tokens(ids))}" for name, ids in lines.items()
+        )
+
+    def _start(self, language: str | None) -> int:
+        if language not in self._starts:
+            self._starts[language] = self.family.decoder_start(self.tokenizer, language)
+        return self._starts[language]
+
+    @cached_property
+    def _starts(self) -> dict[str | None, int]:
+        return {}
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    padded = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+    return torch.from_numpy(padded)

@@ -1,0 +1,124 @@
+"""One rank of a run, however it was started.
+
+`main` is for ranks that find their plan in the run directory; `main_from_run_file` for launchers that know nothing of
+ours (`deepspeed`, `torchrun`, `srun`, bare variables): there rank 0 writes the run directory first.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NoReturn
+
+from harness.errors import ExitCode, HarnessError
+from harness.io.atomic import read_json, write_json
+from harness.launch.environment import STORE_VARIABLE, RankEnvironment, read_rank_environment
+from harness.launch.failures import PEER_LOST
+from harness.launch.run_directory import opened_run_directory, plan_run
+from harness.plan.plan import Plan
+from harness.training.stop import StopRequest
+
+_PEER_SIGNS = ("connection closed by peer", "connection reset by peer", "rank 0 could not prepare", "broken pipe")
+
+
+def main(argv: Sequence[str]) -> int:
+    """`python -m harness.training.rank RUN_DIR`: a rank started by our supervisor, which holds the run directory."""
+    run_dir = Path(argv[0])
+    plan = Plan.from_json(read_json(run_dir / "plan.json"))
+    return _run_or_exit(plan, read_rank_environment(), prepare_directory=lambda: None)
+
+
+def main_from_run_file(argv: Sequence[str]) -> int:
+    """`RUN.yaml [key.path=value ...]`: a rank started by somebody else's launcher."""
+    try:
+        environment = read_rank_environment()
+        plan = plan_run(Path(argv[0]), argv[1:], world_size=environment.world_size)
+    except HarnessError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    with ExitStack() as held_until_the_end:
+        return _run_or_exit(
+            plan, environment, prepare_directory=lambda: held_until_the_end.enter_context(opened_run_directory(plan))
+        )
+
+
+def run_rank(plan: Plan, environment: RankEnvironment, stop: StopRequest, prepare_directory: Callable[[], Any]) -> None:
+    """Meet the other ranks, prepare the rows once, train, finish."""
+    started = time.monotonic()
+    from harness.engine.processes import Processes, find_device, find_store, leave
+    from harness.training.finish import finish
+    from harness.training.loop import train
+    from harness.training.prepare import prepare
+    from harness.training.session import open_session
+
+    timings = {"import_s": time.monotonic() - started}
+    run_dir = Path(plan.run_dir)
+    store = find_store(
+        rank=environment.rank, world_size=environment.world_size, store_path=environment.store_path
+    )
+    processes = Processes(
+        environment.rank, environment.local_rank, environment.world_size, find_device(environment.local_rank), store
+    )
+
+    def prepare_run() -> dict[str, str]:
+        prepare_directory()
+        stop.clear()
+        return prepare(plan.config, run_dir)
+
+    prepare_started = time.monotonic()
+    directories = processes.first_rank_prepares(prepare_run)
+    timings["prepare_s"] = time.monotonic() - prepare_started
+    session = open_session(plan, run_dir, directories, processes, stop, timings)
+    try:
+        train(session)
+        finish(session)
+        session.records.event("stop", session.progress.step, reason="done")
+    finally:
+        session.records.close()
+    leave()
+
+
+def _run_or_exit(plan: Plan, environment: RankEnvironment, prepare_directory: Callable[[], Any]) -> int:
+    """Run the rank; an error is recorded for the supervisor and ends the process at once, so that peers notice."""
+    stop = StopRequest(Path(plan.run_dir))
+    stop.listen()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        run_rank(plan, environment, stop, prepare_directory)
+    except BaseException as error:
+        _record_and_exit(error, Path(plan.run_dir), environment.rank)
+    return ExitCode.DONE
+
+
+def _record_and_exit(error: BaseException, run_dir: Path, rank: int) -> NoReturn:
+    code = error.exit_code if isinstance(error, HarnessError) else ExitCode.OTHER
+    text = str(error) or type(error).__name__
+    is_ours = isinstance(error, HarnessError)
+    record = {
+        "rank": rank,
+        "host": socket.gethostname(),
+        "time": time.time(),
+        "kind": PEER_LOST if any(sign in text.lower() for sign in _PEER_SIGNS) else type(error).__name__,
+        "exit_code": int(code),
+        "message": text,
+        "traceback": "" if is_ours else traceback.format_exc(),
+    }
+    if run_dir.is_dir():
+        write_json(run_dir / "errors" / f"rank-{rank}.json", record)
+    if not is_ours:
+        traceback.print_exc()
+    elif STORE_VARIABLE not in os.environ and rank == 0:  # no supervisor of ours to say it
+        print(f"error: {text}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a normal exit would wait for peers in collectives that this rank no longer takes part in
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

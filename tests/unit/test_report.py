@@ -1,0 +1,175 @@
+"""The files of an evaluation, their commit, and what the page shows."""
+
+import json
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.decoding.beam import BeamSettings
+from harness.errors import HarnessError
+from harness.evaluation.page import NUM_LISTED, NUM_WORST, length_groups, mark_differences
+from harness.evaluation.report import FILES, write_evaluation
+from harness.evaluation.scores import corpus_scores, one_line, sentence_chrf
+
+SOURCES = ["<script>alert(1)</script>", "a & b", "Two\nlines", "Press \u2318 \x00 Save.", "Good morning."]
+REFERENCES = ["<b onload='x'>Skript</b>", "a und b", "Zwei\u2028Zeilen", "Speichern drücken.", "Guten Morgen."]
+HYPOTHESES = ["<script>alert(2)</script>", "a & b", "Zwei\r\nZeilen", "", "Guten Morgen."]
+
+
+def write(directory: Path, sources=SOURCES, references=REFERENCES, hypotheses=HYPOTHESES) -> str:
+    scores = corpus_scores(hypotheses, references)
+    write_evaluation(
+        directory, sources=sources, references=references, hypotheses=hypotheses, scores=scores,
+        settings=BeamSettings(5, 0.8, 100), decode_seconds=2.5, losses={"loss": 3.5, "nll": 1.25},
+    )  # fmt: skip
+    return (directory / "report.html").read_text(encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """Collects tags, text outside style and script, and unclosed tags."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.text, self.open = [], "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in {"meta", "br", "input", "link"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in {"style", "script"}:
+            self.text += data + "\n"
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+def test_text_files_hold_one_line_per_row(tmp_path):
+    write(tmp_path / "set")
+    assert {path.name for path in (tmp_path / "set").iterdir()} == FILES
+    for name, texts in (("sources", SOURCES), ("references", REFERENCES), ("hypotheses", HYPOTHESES)):
+        lines = (tmp_path / "set" / f"{name}.txt").read_bytes().decode().split("\n")
+        assert lines == [*map(one_line, texts), ""]
+    assert (tmp_path / "set" / "hypotheses.txt").read_text().splitlines()[2] == "Zwei Zeilen"
+
+
+def test_scores_json_has_values_signatures_and_conditions(tmp_path):
+    write(tmp_path / "set")
+    summary = json.loads((tmp_path / "set" / "scores.json").read_text())
+    scores = corpus_scores(HYPOTHESES, REFERENCES)
+    assert {name: summary[name] for name in scores.values} == scores.values
+    assert summary["signatures"] == scores.signatures
+    assert (summary["sentences"], summary["decode_seconds"]) == (5, 2.5)
+    assert (summary["loss"], summary["nll"]) == (3.5, 1.25)
+    assert summary["beam"] == {"beam_size": 5, "length_penalty": 0.8, "max_length": 100, "num_hypotheses": 1}
+    assert "length_penalty" in summary["hypothesis_score"]
+
+
+def test_nothing_of_the_texts_becomes_markup(tmp_path):
+    text = write(tmp_path / "set")
+    page = Page(text)
+    assert page.open == []
+    assert page.count("script") == 1
+    assert page.count("b") == len(json.loads((tmp_path / "set" / "scores.json").read_text()).keys() & {
+        "bleu", "chrf", "ter", "loss", "nll"})  # fmt: skip
+    assert "<script>alert(1)</script>" in page.text
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+
+
+def test_the_page_loads_nothing_from_elsewhere(tmp_path):
+    page = Page(write(tmp_path / "set"))
+    assert not any({"src", "href"} & set(attributes) for _, attributes in page.tags)
+    assert any("default-src 'none'" in (attributes.get("content") or "") for _, attributes in page.tags)
+
+
+def test_the_page_shows_scores_conditions_and_odd_outputs(tmp_path):
+    page = Page(write(tmp_path / "step-00000010-validation"))
+    scores = corpus_scores(HYPOTHESES, REFERENCES)
+    for expected in (
+        "step-00000010-validation", f"{scores.values['bleu']:.1f}", f"{scores.values['ter']:.1f}", "3.500",
+        scores.signatures["chrf"], "5 sentences. Beam search with 5 beams, length penalty 0.8, at most 100 tokens",
+        "(2.0 a second)", "(empty)", "lower is better",
+    ):  # fmt: skip
+        assert expected in page.text
+    odd = page.text[page.text.index("Outputs to know about") : page.text.index("worst sentences")].split()
+    shares = [odd[index - 1] for index, word in enumerate(odd) if word == "%"]
+    assert shares == ["40.0", "20.0", "20.0", "0.0"]  # equal to the reference (2 of 5), empty, copied, repeated
+
+
+def test_the_worst_sentences_come_first_and_long_sets_are_cut(tmp_path):
+    num_rows = NUM_LISTED + 7
+    references = [f"Satz Nummer {row} von vielen" for row in range(num_rows)]
+    hypotheses = [text if row % 3 else text[: row % 20] for row, text in enumerate(references)]
+    text = write(tmp_path / "set", [f"sentence {row}" for row in range(num_rows)], references, hypotheses)
+    worst, everything = text.split("id='worst'")[1].split("id='all'")
+    chrf = sentence_chrf(hypotheses, references)
+    found = [float(part.split("<")[0]) for part in worst.split("chrF2 ")[1:]]
+    assert found == [pytest.approx(value, abs=0.051) for value in sorted(chrf)[:NUM_WORST]]
+    assert everything.count("<li>") == NUM_LISTED
+    assert f"the first {NUM_LISTED:,} of {num_rows:,}" in text
+
+
+def test_an_older_evaluation_is_replaced_and_leftovers_go(tmp_path):
+    leftover = tmp_path / ".set.0123.tmp"
+    leftover.mkdir()
+    (leftover / "scores.json").write_text("{}")
+    write(tmp_path / "set")
+    write(tmp_path / "set", SOURCES[:2], REFERENCES[:2], ["x", "y"])
+    assert (tmp_path / "set" / "hypotheses.txt").read_text() == "x\ny\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_failure_leaves_the_older_evaluation_and_no_temporary_directory(tmp_path, monkeypatch):
+    write(tmp_path / "set")
+
+    def full_disk(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("harness.evaluation.report.write_json", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write(tmp_path / "set", SOURCES[:2], REFERENCES[:2], ["x", "y"])
+    assert (tmp_path / "set" / "hypotheses.txt").read_text().count("\n") == len(HYPOTHESES)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_directory_with_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(HarnessError, match=r"not an evaluation.s: thesis\.tex"):
+        write(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_differences_are_marked_on_both_sides():
+    assert mark_differences("Öffnet den Dialog.", "Öffnet das Fenster <x>.") == (
+        "Öffnet <u>den Dialog</u>.", "Öffnet <mark>das Fenster &lt;x&gt;</mark>.",
+    )  # fmt: skip
+    assert mark_differences("打开对话框", "打开窗") == ("打开<u>对话框</u>", "打开<mark>窗</mark>")
+    assert mark_differences("gleich", "gleich") == ("gleich", "gleich")
+
+
+@given(st.text(max_size=40), st.text(max_size=40))
+def test_marking_keeps_the_text(reference, hypothesis):
+    for text, html in zip((reference, hypothesis), mark_differences(reference, hypothesis), strict=True):
+        page = Page("")
+        page.open.append("p")
+        page.feed(html)
+        page.close()
+        assert "".join(page.text.split()) == "".join(text.replace("\r", "").split())
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=200))
+def test_length_groups_hold_each_row_once_from_short_to_long(lengths):
+    groups = list(length_groups(lengths))
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    assert len(groups) <= 4
+    for shorter, longer in pairwise(groups):
+        assert max(lengths[row] for row in shorter) < min(lengths[row] for row in longer)
