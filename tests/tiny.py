@@ -32,13 +32,10 @@ LANGUAGES: dict[str, tuple[str | None, str | None]] = {
 }
 
 BART_SHAPE: dict[str, Any] = {
-    "d_model": 32,
     "encoder_layers": 2,
     "decoder_layers": 2,
     "encoder_attention_heads": 2,
     "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 64,
-    "decoder_ffn_dim": 64,
     "max_position_embeddings": 128,
     "dropout": 0.0,
     "attention_dropout": 0.0,
@@ -47,7 +44,7 @@ BART_SHAPE: dict[str, Any] = {
 }
 
 
-def make_tiny_model(family: str, directory: Path) -> Path:
+def make_tiny_model(family: str, directory: Path, *, d_model: int = 32) -> Path:
     """Writes config.json, model.safetensors and the tokeniser of a random model that knows the words of PAIRS."""
     directory.mkdir(parents=True)
     corpus = directory.parent / f"{directory.name}.txt"
@@ -56,20 +53,21 @@ def make_tiny_model(family: str, directory: Path) -> Path:
     tokenizer = train_tokenizer(family, [TextInput(corpus)], directory, vocab_size=vocab_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
-        _model(family, tokenizer, vocab_size).save_pretrained(directory)
+        _model(family, tokenizer, vocab_size, d_model).save_pretrained(directory)
     return directory
 
 
-def _model(family: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Any:
+def _model(family: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int, d_model: int) -> Any:
     sizes: dict[str, Any] = {"vocab_size": vocab_size, "pad_token_id": tokenizer.pad_token_id}
-    sizes["eos_token_id"] = tokenizer.eos_token_id
+    sizes |= {"eos_token_id": tokenizer.eos_token_id, "d_model": d_model}
     if family == "t5":
-        shape = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+        shape = {"d_kv": d_model // 2, "d_ff": 2 * d_model, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
         return T5ForConditionalGeneration(T5Config(**sizes, **shape, decoder_start_token_id=tokenizer.pad_token_id))
+    shape = BART_SHAPE | {"encoder_ffn_dim": 2 * d_model, "decoder_ffn_dim": 2 * d_model}
     if family == "marian":
         start = {"decoder_start_token_id": tokenizer.pad_token_id, "forced_eos_token_id": tokenizer.eos_token_id}
-        return MarianMTModel(MarianConfig(**sizes, **start, **BART_SHAPE))
+        return MarianMTModel(MarianConfig(**sizes, **start, **shape))
     if family in ("nllb", "m2m100"):
-        return M2M100ForConditionalGeneration(M2M100Config(**sizes, **BART_SHAPE, decoder_start_token_id=2))
+        return M2M100ForConditionalGeneration(M2M100Config(**sizes, **shape, decoder_start_token_id=2))
     start_id = 2 if family == "mbart50" else None
-    return MBartForConditionalGeneration(MBartConfig(**sizes, **BART_SHAPE, decoder_start_token_id=start_id))
+    return MBartForConditionalGeneration(MBartConfig(**sizes, **shape, decoder_start_token_id=start_id))

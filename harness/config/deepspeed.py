@@ -20,8 +20,7 @@ from harness.errors import ConfigError
 Problem = tuple[str, str]
 OffloadDevice = Literal["none", "cpu", "nvme"]
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-PRESET_DIRECTORY = next(d for d in (_PACKAGE / "ds_configs", _PACKAGE.parent / "ds_configs") if d.is_dir())
+PRESET_DIRECTORY = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 def preset_names() -> list[str]:
@@ -185,6 +184,7 @@ def _zero_problems(document: dict[str, Any]) -> Iterator[Problem]:
         elif key not in keys.ZERO:
             yield where, f"is not a key of zero_optimization{did_you_mean(key, keys.ZERO)}"
     yield from _offload_problems(document)
+    yield from _nvme_problems(document)
 
 
 def _offload_problems(document: dict[str, Any]) -> Iterator[Problem]:
@@ -201,8 +201,12 @@ def _offload_problems(document: dict[str, Any]) -> Iterator[Problem]:
             yield where, f"parameter offload needs ZeRO stage 3, and this is stage {stage}: choose zero3_offload"
         elif device != "none" and stage == 0:
             yield where, "optimizer offload needs ZeRO stage 1, 2 or 3, and this is stage 0: choose zero2_offload"
-        if device == "nvme" and stage == 3 and not section.get("nvme_path"):
-            yield where, "NVMe offload needs a directory on a local disk: set `deepspeed.nvme_path`"
+
+
+def _nvme_problems(document: dict[str, Any]) -> Iterator[Problem]:
+    on_nvme = [section for section in _offload_sections(document) if section.get("device") == "nvme"]
+    if zero_stage(document) == 3 and not all(section.get("nvme_path") for section in on_nvme):
+        yield "zero_optimization", "NVMe offload needs a directory on a local disk: set `deepspeed.nvme_path`"
 
 
 def _placed(config: RunConfig, problems: list[Problem]) -> list[Problem]:

@@ -48,7 +48,7 @@ def apply_gradients(engine: Any, learning_rate: float) -> StepOutcome:
 
 
 def _guarded_plain_step(engine: Any) -> StepOutcome:
-    engine.allreduce_gradients()
+    engine.buffered_allreduce_fallback()
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(gradients))
     if not math.isfinite(norm):

@@ -106,7 +106,7 @@ def _head(title: str, summary: dict[str, Any]) -> str:
     speed = f" ({num / seconds:,.1f} a second)" if seconds > 0 else ""
     search = f"beam search with {beam['beam_size']} beams" if beam["beam_size"] > 1 else "greedy search"
     cards = "".join(
-        f"<li><small>{escape(LABELS[name])}</small><b>{summary[name]:.{1 if name in summary['signatures'] else 3}f}</b>"
+        f"<li><small>{escape(LABELS[name])}</small><b>{_number(summary[name], name in summary['signatures'])}</b>"
         f"<small>{'higher' if HIGHER_IS_BETTER[name] else 'lower'} is better</small></li>"
         for name in LABELS
         if name in summary
@@ -123,6 +123,10 @@ def _head(title: str, summary: dict[str, Any]) -> str:
         f"<ul class='cards'>{cards}</ul>"
         + _table(signatures, caption="sacreBLEU's signatures, to be quoted with the scores", kind="wide")
     )
+
+
+def _number(value: float | None, is_score: bool) -> str:
+    return "not finite" if value is None else f"{value:.{1 if is_score else 3}f}"
 
 
 def _lengths(sources: Sequence[str], references: Sequence[str], hypotheses: Sequence[str], metrics: list[str]) -> str:

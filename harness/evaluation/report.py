@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
@@ -62,10 +63,10 @@ def write_evaluation(
 def _summary(
     scores: Scores, settings: BeamSettings, decode_seconds: float, losses: Mapping[str, float], *, num_sentences: int
 ) -> dict[str, Any]:
-    """scores.json: the values under the same names as in metrics.jsonl, and what they depend on."""
+    """scores.json: the values under the same names as in metrics.jsonl (not finite: null), and what they depend on."""
     return {
         **scores.values,
-        **losses,
+        **{name: value if math.isfinite(value) else None for name, value in losses.items()},
         "signatures": scores.signatures,
         "details": scores.details,
         "sentences": num_sentences,

@@ -38,6 +38,7 @@ def main_from_run_file(argv: Sequence[str]) -> int:
     """`RUN.yaml [key.path=value ...]`: a rank started by somebody else's launcher."""
     try:
         environment = read_rank_environment()
+        os.environ.update(environment.variables())  # torch and DeepSpeed read these, whatever the launcher calls them
         plan = plan_run(Path(argv[0]), argv[1:], world_size=environment.world_size)
     except HarnessError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -51,7 +52,7 @@ def main_from_run_file(argv: Sequence[str]) -> int:
 def run_rank(plan: Plan, environment: RankEnvironment, stop: StopRequest, prepare_directory: Callable[[], Any]) -> None:
     """Meet the other ranks, prepare the rows once, train, finish."""
     started = time.monotonic()
-    from harness.engine.processes import Processes, find_device, find_store, leave
+    from harness.engine.processes import Processes, find_device, find_store, join, leave
     from harness.training.finish import finish
     from harness.training.loop import train
     from harness.training.prepare import prepare
@@ -74,6 +75,7 @@ def run_rank(plan: Plan, environment: RankEnvironment, stop: StopRequest, prepar
     prepare_started = time.monotonic()
     directories = processes.first_rank_prepares(prepare_run)
     timings["prepare_s"] = time.monotonic() - prepare_started
+    join(processes, timeout_s=plan.config.launch.collective_timeout_s)
     session = open_session(plan, run_dir, directories, processes, stop, timings)
     try:
         train(session)

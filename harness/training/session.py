@@ -14,7 +14,7 @@ from harness.checkpoint.store import Checkpoint, CheckpointStore
 from harness.config.schema import RunConfig
 from harness.data.loader import TrainingSteps
 from harness.engine.build import build_engine
-from harness.engine.processes import Processes, join
+from harness.engine.processes import Processes
 from harness.errors import DataError
 from harness.models.load import load_model
 from harness.plan.plan import Plan
@@ -83,7 +83,6 @@ def open_session(
     with timed(timings, "model_s"):
         model = load_model(config.model, config.seed)
     with timed(timings, "engine_s"):
-        join(processes, timeout_s=config.launch.collective_timeout_s)
         engine = build_engine(model, config.optimizer, plan.deepspeed, processes)
     steps = TrainingSteps(
         rows.train, data=config.data, batch=config.batch, seed=config.seed, world_size=processes.world_size

@@ -69,8 +69,8 @@ CONTRADICTIONS = [
     edit("flash attention on a CPU", "dtype:", "attention: flash_attention_2\n  dtype:", 5, "GPUs only"),
     edit("steps and epochs", "steps: 100", "steps: 100, epochs: 3", 15, "contradicts `schedule.steps`"),
     edit("no length", "warmup_steps: 10, steps: 100", "warmup_steps: 10", 15, "needs `steps` or `epochs`"),
-    edit("endless warm-up", "warmup_steps: 10", "warmup_steps: 101", 15, "101 exceeds `schedule.steps` (100)"),
-    edit("floor above the peak", "steps: 100", "steps: 100, min_lr: 1", 15, "exceeds the peak `optimizer.lr`"),
+    edit("endless warm-up", "warmup_steps: 10", "warmup_steps: 101", 15, "101 is more than `schedule.steps` (100)"),
+    edit("floor above the peak", "steps: 100", "steps: 100, min_lr: 1", 15, "above the peak `optimizer.lr`"),
     edit("micro-batch below one row", "per_device: 1024", "per_device: 100", 13, "raise it to 128"),
     edit("step below one row", "per_step: 4096", "per_step: 100", 13, "raise it to 128"),
     edit("source without place", "{path: train.tsv}", "{weight: 2}", 7, "needs `path`, or `source` and `target`"),
@@ -98,8 +98,10 @@ OVERRIDES = [
     override("unknown section", "optimiser.lr=1", says="did you mean `optimizer`?"),
     override("through a scalar", "name.x=1", says="name is the text 'enro', not a section"),
     override("past the end of a list", "data.train.3.path=x", says="data.train has 1 entries"),
-    override("inside a new list", "data.train=[{path: x, weight: 0}]", says="data.train.0.weight: must be greater than 0"),
-    override("contradiction", "schedule.steps=5", says="exceeds `schedule.steps` (5)", place="run.yaml:15"),
+    override(
+        "inside a new list", "data.train=[{path: x, weight: 0}]", says="data.train.0.weight: must be greater than 0"
+    ),
+    override("contradiction", "schedule.steps=5", says="more than `schedule.steps` (5)", place="run.yaml:15"),
     override("required section switched off", "optimizer=null", says="must be a section"),
 ]
 
@@ -196,9 +198,7 @@ def test_the_same_in_a_deepspeed_file_names_that_file(
 
 
 @pytest.mark.parametrize(("text", "says"), [case[1:] for case in NOT_YAML], ids=[case[0] for case in NOT_YAML])
-def test_what_is_not_a_yaml_mapping(
-    text: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_not_a_yaml_mapping(text: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert says in fails_cleanly(capsys, "plan", str(write_run_file(tmp_path, text=text)))
 
 
@@ -245,8 +245,8 @@ def test_two_contradictions_are_reported_at_once(tmp_path: Path, capsys: pytest.
         (["trian", "run.yaml"], "invalid choice: 'trian'"),
         (["plan"], "the following arguments are required: RUN.yaml"),
         (["plan", "run.yaml", "--devises", "2"], "unrecognized arguments: --devises 2"),
-        (["plan", "run.yaml", "--devices", "0"], "must be at least 1"),
-        (["plan", "run.yaml", "--devices", "two"], "invalid _positive value"),
+        (["plan", "run.yaml", "--devices", "0"], "at least 1"),
+        (["plan", "run.yaml", "--devices", "two"], "must be a whole number"),
         (["schema", "x"], "unrecognized arguments: x"),
         (["status"], "the following arguments are required: RUN"),
     ],
@@ -255,12 +255,10 @@ def test_wrong_command_lines(arguments: list[str], says: str, capsys: pytest.Cap
     assert says in fails_cleanly(capsys, *arguments)
 
 
-@pytest.mark.parametrize("size", ["80 apples", "-1GiB", "0", "GiB", ""])
+@pytest.mark.parametrize("size", ["80 apples", "-1GiB", "0", "GiB"])
 def test_memory_sizes(size: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if size:
-        assert "size in bytes" in fails_cleanly(
-            capsys, "plan", str(write_run_file(tmp_path)), f"--device-memory={size}"
-        )
+    path = write_run_file(tmp_path)
+    assert "size in bytes" in fails_cleanly(capsys, "plan", str(path), f"--device-memory={size}")
 
 
 @pytest.mark.parametrize("verb", ["status", "stop"])

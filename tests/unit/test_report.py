@@ -20,11 +20,11 @@ REFERENCES = ["<b onload='x'>Skript</b>", "a und b", "Zwei\u2028Zeilen", "Speich
 HYPOTHESES = ["<script>alert(2)</script>", "a & b", "Zwei\r\nZeilen", "", "Guten Morgen."]
 
 
-def write(directory: Path, sources=SOURCES, references=REFERENCES, hypotheses=HYPOTHESES) -> str:
+def write(directory: Path, sources=SOURCES, references=REFERENCES, hypotheses=HYPOTHESES, loss=3.5) -> str:
     scores = corpus_scores(hypotheses, references)
     write_evaluation(
         directory, sources=sources, references=references, hypotheses=hypotheses, scores=scores,
-        settings=BeamSettings(5, 0.8, 100), decode_seconds=2.5, losses={"loss": 3.5, "nll": 1.25},
+        settings=BeamSettings(5, 0.8, 100), decode_seconds=2.5, losses={"loss": loss, "nll": 1.25},
     )  # fmt: skip
     return (directory / "report.html").read_text(encoding="utf-8")
 
@@ -72,6 +72,11 @@ def test_scores_json_has_values_signatures_and_conditions(tmp_path):
     assert (summary["loss"], summary["nll"]) == (3.5, 1.25)
     assert summary["beam"] == {"beam_size": 5, "length_penalty": 0.8, "max_length": 100, "num_hypotheses": 1}
     assert "length_penalty" in summary["hypothesis_score"]
+
+
+def test_a_loss_that_is_not_finite_is_said_so(tmp_path):
+    assert "not finite" in Page(write(tmp_path / "set", loss=float("inf"))).text
+    assert json.loads((tmp_path / "set" / "scores.json").read_text())["loss"] is None
 
 
 def test_nothing_of_the_texts_becomes_markup(tmp_path):
