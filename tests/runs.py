@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from harness.checkpoint.state import CheckpointTensors
 from tests.pairs import PAIRS
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -89,3 +91,23 @@ def steps_of(run: dict[str, Any]) -> list[dict[str, Any]]:
     path = Path(run["output_dir"]) / run["name"] / "metrics.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     return [record for record in records if record["event"] == "step"]
+
+
+def harness(*arguments: str, timeout_s: float = 240.0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the real command."""
+    return subprocess.run(
+        [sys.executable, "-m", "harness", *arguments],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def same_state(left: Path, right: Path) -> bool:
+    """True if two checkpoints hold the same parameters and moments, bit for bit, however they are cut up."""
+    first, second = CheckpointTensors(left), CheckpointTensors(right)
+    assert first.shapes == second.shapes
+    assert any(kind == "exp_avg" for _, kind in first.shapes)
+    return all(torch.equal(first.whole(*key), second.whole(*key)) for key in first.shapes)
