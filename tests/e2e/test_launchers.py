@@ -9,58 +9,38 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.pairs import PAIRS
+from tests.runs import tiny_run, write_run
 
 pytestmark = pytest.mark.slow
 
 PROGRAMS = Path(sys.executable).parent
 SCRIPT = str(Path(__file__).parents[2] / "launch" / "train.py")
-RUN_FILE = """
-name: run
-model: {{path: {model}}}
-data: {{train: [{{path: rows.tsv}}], source_language: en_XX, target_language: de_DE}}
-batch: {{tokens_per_step: 512, max_tokens_per_device: 256}}
-optimizer: {{lr: 1e-3}}
-schedule: {{name: constant, steps: 4}}
-deepspeed: {{preset: zero2}}
-evaluation: null
-monitor: {{tensorboard: false}}
-launch: {{processes: 2}}
-"""
 LONG = ("schedule.steps=100000", "checkpoint.every_steps=10")
 
 
 @pytest.fixture
 def directory(tmp_path: Path, tiny_models: dict[str, Path]) -> Path:
-    rows = "".join(f"{source}\t{target}\n" for source, target in PAIRS)
-    (tmp_path / "rows.tsv").write_text(f"source\ttarget\n{rows}")
-    (tmp_path / "run.yaml").write_text(RUN_FILE.format(model=tiny_models["mbart"]))
-    return tmp_path
+    return with_run_file(tmp_path, tiny_models["mbart"])
 
 
 @pytest.fixture(scope="module")
-def losses_of_harness_train(
-    tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path]
-) -> Callable[[], list[float]]:
-    found: list[float] = []
+def expected_losses(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path]) -> list[float]:
+    """Losses of the run by `harness train`."""
+    directory = with_run_file(tmp_path_factory.mktemp("reference"), tiny_models["mbart"])
+    finished = run(directory, "harness", "train", "run.yaml")
+    assert finished.returncode == 0, finished.stderr
+    assert len(step_losses(directory)) == 4
+    return step_losses(directory)
 
-    def losses() -> list[float]:
-        if not found:
-            directory = tmp_path_factory.mktemp("reference")
-            rows = "".join(f"{source}\t{target}\n" for source, target in PAIRS)
-            (directory / "rows.tsv").write_text(f"source\ttarget\n{rows}")
-            (directory / "run.yaml").write_text(RUN_FILE.format(model=tiny_models["mbart"]))
-            finished = run(directory, "harness", "train", "run.yaml")
-            assert finished.returncode == 0, finished.stderr
-            found.extend(step_losses(directory))
-        return found
 
-    return losses
+def with_run_file(directory: Path, model: Path) -> Path:
+    schedule = {"name": "constant", "steps": 4}
+    write_run(tiny_run(directory, model, name="run", schedule=schedule, deepspeed__preset="zero2", launch__processes=2))
+    return directory
 
 
 def start(directory: Path, program: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
@@ -86,14 +66,15 @@ def step_losses(directory: Path) -> list[float]:
 
 
 def records(directory: Path) -> list[dict]:
-    path = directory / "runs" / "run" / "metrics.jsonl"
+    path = directory / "run" / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def wait_for_step(directory: Path, step: int) -> None:
+def wait_for_step(process: subprocess.Popen[str], directory: Path, step: int) -> None:
     deadline = time.monotonic() + 120
     while not any(record["event"] == "step" and record["step"] >= step for record in records(directory)):
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "the run does not begin"
         time.sleep(0.05)
 
@@ -119,36 +100,35 @@ def free_port() -> str:
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_launchers_train_alike(launcher: str, directory: Path, losses_of_harness_train) -> None:
+def test_launchers_train_alike(launcher: str, directory: Path, expected_losses: list[float]) -> None:
     count = {
         "torchrun": ("--standalone", "--nproc-per-node", "2"),
         "deepspeed": ("--num_accelerators", "2", "--master_port", free_port()),
     }[launcher]
     finished = run(directory, launcher, *count, SCRIPT, "run.yaml", "launch.processes=1")
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert step_losses(directory) == losses_of_harness_train()
-    assert len(losses_of_harness_train()) == 4
-    assert (directory / "runs" / "run" / "export" / "model.safetensors").exists()
+    assert step_losses(directory) == expected_losses
+    assert (directory / "run" / "export" / "model.safetensors").exists()
 
 
-def test_bare_variables(directory: Path, losses_of_harness_train) -> None:
+def test_bare_variables(directory: Path, expected_losses: list[float]) -> None:
     shared = {"WORLD_SIZE": "2", "MASTER_PORT": free_port()}
     ranks = [start(directory, "python", SCRIPT, "run.yaml", RANK=str(rank), **shared) for rank in range(2)]
     outputs = [rank.communicate(timeout=240) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    assert step_losses(directory) == losses_of_harness_train()
+    assert step_losses(directory) == expected_losses
 
 
-def test_no_launcher_at_all_is_one_rank(directory: Path, losses_of_harness_train) -> None:
+def test_no_launcher_at_all_is_one_rank(directory: Path, expected_losses: list[float]) -> None:
     finished = run(directory, "python", SCRIPT, "run.yaml")
     assert finished.returncode == 0, finished.stderr
-    assert step_losses(directory) == pytest.approx(losses_of_harness_train(), rel=1e-5)
+    assert step_losses(directory) == pytest.approx(expected_losses, rel=1e-5)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_killed_rank_ends_the_run_and_the_same_command_resumes(directory: Path, rank: int) -> None:
     process = start(directory, "harness", "train", "run.yaml", *LONG)
-    wait_for_step(directory, 21)
+    wait_for_step(process, directory, 21)
     os.kill(ranks_of(directory)[rank], signal.SIGKILL)
     killed_at = time.monotonic()
     _, err = process.communicate(timeout=20)
@@ -166,7 +146,7 @@ def test_killed_rank_ends_the_run_and_the_same_command_resumes(directory: Path, 
 
 def test_sigterm_saves_and_the_same_command_resumes(directory: Path) -> None:
     process = start(directory, "harness", "train", "run.yaml", "schedule.steps=100000")
-    wait_for_step(directory, 5)
+    wait_for_step(process, directory, 5)
     process.terminate()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
@@ -189,7 +169,7 @@ def test_sigterm_before_the_first_step(directory: Path) -> None:
 
 def test_sigkill_of_the_command_leaves_no_rank(directory: Path) -> None:
     process = start(directory, "harness", "train", "run.yaml", *LONG)
-    wait_for_step(directory, 2)
+    wait_for_step(process, directory, 2)
     process.kill()
     process.communicate(timeout=10)
     deadline = time.monotonic() + 2.0
@@ -200,11 +180,11 @@ def test_sigkill_of_the_command_leaves_no_rank(directory: Path) -> None:
 
 def test_harness_stop_works_with_another_launcher(directory: Path) -> None:
     process = start(directory, "torchrun", "--standalone", "--nproc-per-node", "2", SCRIPT, "run.yaml", *LONG)
-    wait_for_step(directory, 3)
-    assert run(directory, "harness", "stop", "runs/run").returncode == 0
+    wait_for_step(process, directory, 3)
+    assert run(directory, "harness", "stop", "run").returncode == 0
     process.communicate(timeout=60)
     assert not ranks_of(directory)
-    errors = [json.loads((directory / f"runs/run/errors/rank-{rank}.json").read_text()) for rank in range(2)]
+    errors = [json.loads((directory / f"run/errors/rank-{rank}.json").read_text()) for rank in range(2)]
     assert [error["exit_code"] for error in errors] == [75, 75]
 
 
@@ -213,4 +193,4 @@ def test_wrong_run_file_under_a_launcher(directory: Path) -> None:
     assert finished.returncode == 2
     assert "learning_rate" in finished.stderr
     assert "Traceback" not in finished.stderr
-    assert not (directory / "runs").exists()
+    assert not (directory / "run").exists()

@@ -37,7 +37,7 @@ def by_definition(logits_BTV: Tensor, labels_BT: Tensor, epsilon: float, convent
             if gold == IGNORED:
                 continue
             possible = [k for k in range(len(logits_V)) if logits_V[k] != -torch.inf]
-            log_p = logits_V - torch.log(sum(torch.exp(logits_V[k]) for k in possible))
+            log_p = logits_V - torch.log(torch.exp(logits_V[possible]).sum())
             for k in possible:
                 if convention == "fairseq":
                     q = 1 - epsilon if k == gold else epsilon / (len(possible) - 1)

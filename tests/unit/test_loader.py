@@ -50,7 +50,7 @@ def plain(step: StepRows) -> tuple[Any, ...]:
 
 
 def first_steps(steps: TrainingSteps, *, num_epochs: int) -> list[StepRows]:
-    found = []
+    found: list[StepRows] = []
     for step in steps.starting_at(1):
         if step.epoch == num_epochs:
             return found
@@ -96,7 +96,6 @@ def test_weights_decide_how_often_rows_come() -> None:
 
 
 def test_weights_of_one_source_count_too() -> None:
-    steps = first_steps(training_steps(random_sizes(), weights=(2.0,)), num_epochs=1)
     sizes = random_sizes()
     sizes.source_index[:] = 0
     steps = first_steps(training_steps(sizes, weights=(2.0,)), num_epochs=1)
