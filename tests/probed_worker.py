@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.training import session
+from harness.engine.build import apply_gradients
+from harness.training import loop, session
 from tests import worker
 
 NAN_STEP, STOP_STEP = 3, 5
-
 
 
 def probed_session(*arguments: Any) -> session.Session:
@@ -30,8 +30,14 @@ def probed_session(*arguments: Any) -> session.Session:
     return opened
 
 
+def save_only(opened: session.Session) -> None:
+    """In place of `finish`: no export, no test scores."""
+    if opened.progress.step not in opened.store.steps():
+        session.save(opened)
+
+
 class Probe:
-    """Writes probe-RANK.json into the run directory: before the first step and again at every optimizer step."""
+    """Writes probe-RANK.json into the run directory, anew after every step."""
 
     def __init__(self, opened: session.Session) -> None:
         self.session = opened
@@ -40,8 +46,7 @@ class Probe:
         network = opened.engine.module
         network.register_forward_hook(self._on_forward)
         network.get_decoder().layers[-1].fc2.register_forward_hook(self._on_output)
-        record = opened.engine.step
-        opened.engine.step = lambda: self._on_step(record)
+        loop.apply_gradients = self._apply
 
     @property
     def step(self) -> int:
@@ -51,7 +56,6 @@ class Probe:
         if module.training:
             counts = self.seen["num_forward"]
             counts[self.step] = counts.get(self.step, 0) + 1
-            self.seen["logits_dtype"] = str(output.logits.dtype)
         if "stopped" in self.session.config.name and self.first_step == 0 and self.step == STOP_STEP:
             self.session.stop.reason = "test"
 
@@ -60,18 +64,18 @@ class Probe:
         if wanted and module.training:
             output.register_hook(lambda gradient: gradient * float("nan"))
 
-    def _on_step(self, apply: Any) -> None:
-        apply()
-        engine = self.session.engine
-        norm = engine.get_global_grad_norm()
+    def _apply(self, engine: Any, learning_rate: float) -> Any:
+        outcome = apply_gradients(engine, learning_rate)
         self.seen["steps"][self.step] = {
+            "applied": outcome.applied,
+            "grad_norm": outcome.grad_norm,
             "lr": [group["lr"] for group in engine.optimizer.param_groups],
-            "grad_norm": None if norm is None else float(norm),
-            "clip": float(engine.gradient_clipping()),
+            "clip_norm": engine.gradient_clipping(),
             "weights": self._digest(),
         }
         path = self.session.run_dir / f"probe-{self.session.processes.rank}.json"
         path.write_text(json.dumps(self.seen))
+        return outcome
 
     def _digest(self) -> str:
         """Hash over the weights that this rank's next forward pass will use."""
@@ -91,5 +95,5 @@ def _gathered(parameter: torch.nn.Parameter) -> Any:
 
 
 if __name__ == "__main__":
-    worker.open_session = probed_session  # type: ignore[attr-defined]
+    worker.open_session, worker.finish = probed_session, save_only  # type: ignore[attr-defined]
     worker.main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

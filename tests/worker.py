@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,13 +36,13 @@ def main(store_path: str, rank: int, world_size: int, run_files: list[str]) -> N
                 return prepare(plan.config, run_dir)  # noqa: B023
 
         directories = processes.first_rank_prepares(prepare_run)
-        session = open_session(plan, run_dir, directories, processes, StopRequest(run_dir), {})
         try:
-            train(session)
-            finish(session)
+            session = open_session(plan, run_dir, directories, processes, StopRequest(run_dir), {})
+            with closing(session.records):
+                train(session)
+                finish(session)
         except HarnessError as error:
-            (run_dir / f"error-{rank}.txt").write_text(str(error))
-        session.records.close()
+            (run_dir / f"error-{rank}.txt").write_text(f"{type(error).__name__}: {error}")
     leave()
 
 

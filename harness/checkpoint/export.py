@@ -20,7 +20,7 @@ from harness.io.atomic import fsync_directory
 def overwrite_parameters(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """Give a float32 model the master weights of a checkpoint. Raises DataError if names or shapes differ."""
     tensors = CheckpointTensors(checkpoint.directory)
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if unknown := sorted(set(parameters) ^ set(tensors.names())):
         what = f"{len(unknown)} parameters are not in both model and checkpoint: {', '.join(unknown[:5])}"
         raise DataError(what, where=str(checkpoint.directory))

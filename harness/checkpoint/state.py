@@ -7,48 +7,83 @@ parameter, so a run may come back on another layout.
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+import shutil
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from harness.checkpoint.store import Checkpoint, CheckpointStore, FileRecord, record_file
+from harness.checkpoint.store import MANIFEST, Checkpoint, CheckpointStore, FileRecord, record_file
 from harness.engine import fragments
 from harness.engine.fragments import MASTER, Holder
 from harness.engine.processes import Processes
-from harness.errors import DataError
+from harness.errors import DataError, HarnessError, ResourceError
 from harness.io.atomic import read_json, write_json
 from harness.io.faults import fault_point
+
+T = TypeVar("T")
 
 
 def save(
     store: CheckpointStore, engine: Any, processes: Processes, *, step: int, state: dict[str, Any]
 ) -> Checkpoint | None:
-    """Write and commit a checkpoint; a collective. Rank 0 gets it back, the others None."""
-    if processes.is_first:
-        store.begin(step)
-    processes.barrier()
-    fault_point("checkpoint.before_shard")
-    records = _write_rank(store.temporary(step), engine, processes)
-    fault_point("checkpoint.after_shard")
-    everyone: list[list[FileRecord]] = processes.gather(records)
-    checkpoint = None
-    if processes.is_first:
+    """Write and commit a checkpoint; a collective. Rank 0 gets it back, the others None.
+
+    When a rank cannot write, nothing is left of it and all ranks raise ResourceError (no room) or HarnessError.
+    """
+    holders = _holders_to_write(engine, processes)
+    with _write_errors_explained(store, processes, step, _num_bytes(holders, fragments.base_optimizer(engine))):
+        _agreed(processes, partial(store.begin, step) if processes.is_first else _nothing)
+        fault_point("checkpoint.before_shard")
+        records = _agreed(processes, partial(_write_rank, store.temporary(step), holders, engine, processes.rank))
+        fault_point("checkpoint.after_shard")
+        files = [record for part in processes.gather(records) for record in part]
         state = {**state, "optimizer_step": fragments.applied_steps(engine), "world_size": processes.world_size}
-        checkpoint = store.commit(step, [record for records in everyone for record in records], state)
-    processes.barrier()
+        return _agreed(processes, partial(store.commit, step, files, state) if processes.is_first else _nothing)
+
+
+def amend(store: CheckpointStore, processes: Processes, *, step: int, state: dict[str, Any]) -> None:
+    """Replace entries of the state of a committed checkpoint whose tensors are the present ones; a collective."""
+    with _write_errors_explained(store, processes, step, num_bytes=0):
+        _agreed(processes, partial(store.amend, step, state) if processes.is_first else _nothing)
+
+
+def newest(store: CheckpointStore, processes: Processes) -> tuple[Checkpoint | None, list[str]]:
+    """`CheckpointStore.newest` with one answer, or one DataError, on all ranks; a collective."""
+    return store.newest_of(processes.gather(store.steps())[0], partial(open_together, store, processes))
+
+
+def open_together(store: CheckpointStore, processes: Processes, step: int) -> Checkpoint:
+    """`CheckpointStore.open`; every rank verifies a share of the files, and all raise if one finds a fault."""
+    checkpoint, fault = None, None
+    try:
+        checkpoint = store.open(step, slice(processes.rank, None, processes.world_size))
+    except DataError as error:
+        fault = str(error)
+    if faults := [one for one in processes.gather(fault) if one]:
+        raise DataError(faults[0])
+    assert checkpoint is not None
     return checkpoint
 
 
 def load(checkpoint: Checkpoint, engine: Any) -> None:
-    """Put masters and moments back into the optimizer of every rank, and the weights that follow from them."""
+    """Put masters and moments back into the optimizer of every rank, and the weights that follow from them.
+
+    Raises DataError when the checkpoint is of another model.
+    """
     tensors = CheckpointTensors(checkpoint.directory)
+    _check_model(tensors, engine)
     optimizer = fragments.base_optimizer(engine)
     for holder in fragments.holders(engine):
         with holder.resident(True):
@@ -71,8 +106,11 @@ class CheckpointTensors:
         self.directory = directory
         self.shapes: dict[tuple[str, str], tuple[int, ...]] = {}
         self._entries: dict[tuple[str, str], list[_Entry]] = defaultdict(list)
-        for path in sorted(directory.glob("rank-*.json")):
-            for item in read_json(path):
+        files = {record["name"] for record in read_json(directory / MANIFEST)["files"]}
+        for index in sorted(name for name in files if name.endswith(".json")):
+            for item in read_json(directory / index):
+                if item["file"] not in files:
+                    raise DataError(f"{item['file']!r} is not a file of the manifest", where=str(directory / index))
                 self.shapes[item["name"], item["kind"]] = tuple(item["shape"])
                 entry = _Entry(item["file"], item["key"], item["start"], item["numel"])
                 self._entries[item["name"], item["kind"]].append(entry)
@@ -97,17 +135,16 @@ class CheckpointTensors:
     def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of the flattened tensor. Raises DataError if some are not stored."""
         result = torch.empty(numel, dtype=torch.float32)
-        covered = 0
-        for entry in self._entries.get((name, kind), []):
-            low, high = max(start, entry.start), min(start + numel, entry.start + entry.numel)
-            if low < high:
-                piece = self._open(entry.file).get_slice(entry.key)[low - entry.start : high - entry.start]
-                result[low - start : high - start] = piece
-                covered += high - low
-        if covered != numel:
-            raise DataError(
-                f"{covered} of {numel} elements of {name} ({kind}) are stored", where=str(self.directory)
-            )
+        position, end = start, start + numel
+        for entry in sorted(self._entries.get((name, kind), []), key=lambda entry: entry.start):
+            entry_end = min(entry.start + entry.numel, end)
+            if entry.start <= position < entry_end:
+                piece = self._open(entry.file).get_slice(entry.key)[position - entry.start : entry_end - entry.start]
+                result[position - start : entry_end - start] = piece
+                position = entry_end
+        if position != end:
+            what = f"elements {position} to {end} of {name} ({kind}) are not stored"
+            raise DataError(what, where=str(self.directory))
         return result
 
     def _open(self, file: str) -> Any:
@@ -116,22 +153,79 @@ class CheckpointTensors:
         return self._files[file]
 
 
-def _write_rank(directory: Path, engine: Any, processes: Processes) -> list[FileRecord]:
-    optimizer = fragments.base_optimizer(engine)
+def _nothing() -> None:
+    """What ranks other than the first do while it works."""
+
+
+def _agreed(processes: Processes, action: Callable[[], T]) -> T:
+    """Run `action` on every rank; when it raises OSError on one, all raise that; a collective."""
+    result, failure = None, None
+    try:
+        result = action()
+    except (OSError, SafetensorError) as error:
+        failure = _errno_and_reason(error)
+    for one in processes.gather(failure):
+        if one is not None:
+            raise OSError(*one)
+    return result  # type: ignore[return-value]  # no failure: it is what `action` returned
+
+
+def _errno_and_reason(error: OSError | SafetensorError) -> tuple[int, str]:
+    """safetensors writes in Rust and gives the system's error as text."""
+    if isinstance(error, OSError):
+        return error.errno or 0, error.strerror or str(error)
+    found = re.search(r"os error (\d+)", str(error))
+    return (int(found[1]), os.strerror(int(found[1]))) if found else (0, str(error))
+
+
+@contextmanager
+def _write_errors_explained(store: CheckpointStore, processes: Processes, step: int, num_bytes: int) -> Iterator[None]:
+    """Turn the OSError that all ranks raise into an error for the user, after removing what has been written.
+
+    `num_bytes` is what this rank writes.
+    """
+    try:
+        yield
+    except OSError as error:
+        if processes.is_first:
+            store.discard(step)
+        needed_bytes = int(processes.sum([num_bytes])[0])
+        what = f"the checkpoint of step {step} could not be written: {error.strerror}"
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise HarnessError(what, where=str(store.root)) from error
+        free_bytes = shutil.disk_usage(store.root).free
+        raise ResourceError(
+            f"{what}; it needs {needed_bytes:,} bytes, {free_bytes:,} are free",
+            where=str(store.root),
+            hint="free some space (or raise the quota or file size limit), or lower checkpoint.keep_last or keep_best",
+        ) from error
+
+
+def _holders_to_write(engine: Any, processes: Processes) -> list[Holder]:
+    """All of this rank's holders, or its share of them when every rank holds the same."""
     holders = fragments.holders(engine)
-    if fragments.is_replicated(engine):
-        holders = holders[processes.rank :: processes.world_size]
+    return holders[processes.rank :: processes.world_size] if fragments.is_replicated(engine) else holders
+
+
+def _num_bytes(holders: list[Holder], optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of masters and moments."""
+    tensors = (tensor for holder in holders for tensor in (holder.tensor, *holder.moments(optimizer).values()))
+    return sum(tensor.numel() * 4 for tensor in tensors)
+
+
+def _write_rank(directory: Path, holders: list[Holder], engine: Any, rank: int) -> list[FileRecord]:
+    optimizer = fragments.base_optimizer(engine)
     index: list[dict[str, Any]] = []
     records: list[FileRecord] = []
     for number, batch in enumerate(_batched(holders)):
-        file = directory / f"rank-{processes.rank:05d}-{number:04d}.safetensors"
+        file = directory / f"rank-{rank:05d}-{number:04d}.safetensors"
         tensors: dict[str, Tensor] = {}
         for holder in batch:
             with holder.resident(False):
                 _collect(holder, optimizer, file.name, tensors, index)
         save_file(tensors, file)
         records.append(record_file(file))
-    index_file = directory / f"rank-{processes.rank:05d}.json"
+    index_file = directory / f"rank-{rank:05d}.json"
     write_json(index_file, index)
     return [*records, record_file(index_file)]
 
@@ -167,14 +261,23 @@ def _collect(
             })  # fmt: skip
 
 
+def _check_model(tensors: CheckpointTensors, engine: Any) -> None:
+    parameters = engine.module.named_parameters()
+    here = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters if p.requires_grad}
+    there = {name: shape for (name, kind), shape in tensors.shapes.items() if kind == MASTER}
+    if differing := sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name)):
+        first = differing[0]
+        raise DataError(
+            f"the checkpoint is of another model: {len(differing)} parameters differ; {first} has shape "
+            f"{there.get(first)} in the checkpoint and {here.get(first)} in the model",
+            where=str(tensors.directory),
+            hint="bring the old model back, or give the run a new name to start again",
+        )
+
+
 def _load_holder(
     holder: Holder, tensors: CheckpointTensors, optimizer: torch.optim.Optimizer, optimizer_step: int
 ) -> None:
-    for piece in holder.pieces:
-        stored = tensors.shapes.get((piece.name, MASTER))
-        if stored != piece.shape:
-            what = f"{piece.name} has shape {stored} in the checkpoint and {piece.shape} in the model"
-            raise DataError(what, where=str(tensors.directory))
     _fill(holder.tensor, MASTER, holder, tensors)
     if not optimizer_step or not holder.pieces:
         return

@@ -6,7 +6,10 @@ import argparse
 
 from harness.cli.common import add_run_file
 
-HELP = "Validate a run file, its model, tokeniser and data; show one row as the model will see it. Trains nothing."
+HELP = (
+    "Validate a run file, its model, tokeniser and data; show one row as the model will see it. Trains nothing and\n"
+    "writes nothing but the cache of encoded rows, which the run will use."
+)
 EXAMPLE = "harness check examples/quickstart.yaml"
 
 
@@ -15,10 +18,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from harness.config.load import load_run_config
-    from harness.plan.plan import make_plan
+    from harness.launch.run_directory import plan_run, refuse_changes
 
-    config = load_run_config(args.run_file, args.overrides)
-    make_plan(config, world_size=1)
-    print(f"run file   {args.run_file}: right")
+    plan = plan_run(args.run_file, args.overrides)
+    refuse_changes(plan)
+    print(f"run file    {args.run_file}: right, for {plan.world_size} rank{'s' * (plan.world_size > 1)}", flush=True)
+
+    from harness.training.check import findings
+
+    for title, text in findings(plan.config):
+        print(f"{title:<11} {text}".replace("\n", "\n" + " " * 12), flush=True)
     return 0

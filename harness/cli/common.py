@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from harness.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_run_file(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +22,49 @@ def add_run_file(parser: argparse.ArgumentParser) -> None:
 def add_run_directory(parser: argparse.ArgumentParser) -> None:
     """``RUN``: a run directory."""
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory: <output_dir>/<name>")
+
+
+def positive(text: str) -> int:
+    """argparse type: a whole number from 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, got {text}")
+    return int(text)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """``MODEL_OR_RUN`` and everything that decides how it decodes; a run's own settings are the defaults."""
+    parser.add_argument(
+        "model", metavar="MODEL_OR_RUN", help="a model directory, hub name or run directory (then its exported model)"
+    )
+    parser.add_argument("--source-language", metavar="CODE", help="language of the sources, as the tokeniser names it")
+    parser.add_argument("--target-language", metavar="CODE", help="language of the outputs")
+    parser.add_argument("--source-prefix", metavar="TEXT", help="text put before each source (T5)")
+    parser.add_argument("--beam-size", type=positive, metavar="N", help="beams per sentence; 1 is greedy (default 5)")
+    parser.add_argument("--length-penalty", type=float, metavar="A", help="exponent of the length (default 1.0)")
+    parser.add_argument("--max-length", type=positive, metavar="N", help="longest output in tokens (default 256)")
+    parser.add_argument(
+        "--max-tokens", type=positive, metavar="N", help="batch: rows x beams x longest source (default 4096)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="compute type (default: that of the stored model)")
+
+
+def model_changes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The options of ``add_model_options`` that were given, as keys of the run file."""
+    options = {
+        "model": {"dtype": args.dtype},
+        "data": {name: getattr(args, name) for name in ("source_language", "target_language", "source_prefix")},
+        "batch": {"max_tokens_per_device": args.max_tokens},
+        "evaluation": {
+            "beam_size": args.beam_size,
+            "length_penalty": args.length_penalty,
+            "max_target_length": args.max_length,
+            "max_tokens_per_device": args.max_tokens,
+        },
+    }
+    return {
+        section: {key: value for key, value in values.items() if value is not None}
+        for section, values in options.items()
+    }
 
 
 def existing_run_directory(path: Path) -> Path:

@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from harness.cli.common import add_run_file
+from harness.cli.common import add_run_file, positive
 
 HELP = "Print batch arithmetic, memory per rank, the final DeepSpeed JSON and the recommended preset. Starts nothing."
 EXAMPLE = "harness plan examples/quickstart.yaml --devices 8 --nodes 2 --device-memory 80GiB"
@@ -14,8 +14,8 @@ EXAMPLE = "harness plan examples/quickstart.yaml --devices 8 --nodes 2 --device-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_file(parser)
-    parser.add_argument("--devices", type=_positive, metavar="N", help="ranks per node (default: launch.processes)")
-    parser.add_argument("--nodes", type=_positive, default=1, metavar="M", help="nodes (default: 1)")
+    parser.add_argument("--devices", type=positive, metavar="N", help="ranks per node (default: launch.processes)")
+    parser.add_argument("--nodes", type=positive, default=1, metavar="M", help="nodes (default: 1)")
     parser.add_argument(
         "--device-memory",
         metavar="SIZE",
@@ -61,9 +61,3 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(report.describe(plan, candidates, device_bytes=device_bytes))
     return 0
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, got {text}")
-    return int(text)

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from harness.errors import ConfigError
     from harness.io.atomic import write_text
-    from harness.launch.run_directory import owner
+    from harness.launch.run_directory import STOP_FILE, owner
 
     run_dir = existing_run_directory(args.run_dir)
     working = owner(run_dir)
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{run_dir} is not running: nothing to stop")
         return 0
     try:
-        write_text(run_dir / "stop", "harness stop\n")
+        write_text(run_dir / STOP_FILE, "harness stop\n")
     except OSError as error:
         raise ConfigError(f"cannot leave the request: {error.strerror}", where=str(run_dir)) from error
     print(f"asked {working} to save and stop after its present step")

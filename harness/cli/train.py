@@ -18,10 +18,13 @@ def run(args: argparse.Namespace) -> int:
     import sys
 
     from harness.launch.environment import local_ranks
-    from harness.launch.run_directory import opened_run_directory, plan_run
+    from harness.launch.run_directory import completed, opened_run_directory, plan_run
     from harness.launch.supervisor import supervise
 
     plan = plan_run(args.run_file, args.overrides)
+    if result := completed(plan):
+        print(result)
+        return 0
     with opened_run_directory(plan) as run_dir:
         return supervise(
             [sys.executable, "-m", "harness.training.rank", str(run_dir)],

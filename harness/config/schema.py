@@ -164,3 +164,10 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Saving.")
     monitor: MonitorConfig = Field(default_factory=MonitorConfig, description="Records.")
     launch: LaunchConfig = Field(default_factory=LaunchConfig, description="Processes.")
+
+    @property
+    def watched_metric(self) -> str | None:
+        """The validation score that decides which checkpoints are best: early stopping's, else the first metric."""
+        if self.early_stopping is not None:
+            return self.early_stopping.metric
+        return self.evaluation.metrics[0] if self.evaluation is not None else None

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from harness.config.schema import OptimizerConfig
+from harness.engine.fragments import start_from
 from harness.engine.optimizers import build_optimizer
 from harness.engine.processes import Processes
 from harness.plan.zero import offload_device
@@ -30,9 +31,12 @@ def build_engine(
 
     offloaded = offload_device(deepspeed_config, "optimizer") != "none"
     optimizer = build_optimizer(model, optimizer_config, device=processes.device, offloaded=offloaded)
+    weights = {name: parameter.data for name, parameter in model.named_parameters()}
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
     )
+    if engine.bfloat16_enabled() or engine.fp16_enabled():
+        start_from(engine, weights)
     return engine
 
 

@@ -1,9 +1,9 @@
 """Where a rank keeps its share of the float32 master weights and optimizer moments, whatever the ZeRO stage.
 
 DeepSpeed lays them out in four ways: whole parameters (stage 0, float32), float32 copies of whole parameters
-(stage 0, mixed precision), a slice of a flat buffer per parameter group (stages 1, 2), and this rank's shard of every
-parameter in flat sub-groups (stage 3, perhaps swapped to NVMe). Here each becomes a list of `Holder`s: one tensor that
-the optimizer updates, and the pieces of parameters that lie in it.
+(stage 0, mixed precision), a slice of a flat buffer per parameter group (stages 1, 2; under two names), and this rank's
+shard of every parameter in flat sub-groups (stage 3, perhaps swapped to NVMe). Here each becomes a list of `Holder`s:
+one tensor that the optimizer updates, and the pieces of parameters that lie in it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def holders(engine: Any) -> list[Holder]:
     if hasattr(zero, "fp32_partitioned_groups_flat"):
         return _sharded(zero, names)
     if hasattr(zero, "single_partition_of_fp32_groups"):
-        return _partitioned(zero, names)
+        return _partitioned(zero.bit16_groups, zero.single_partition_of_fp32_groups, names)
+    if hasattr(zero, "fp32_groups_flat_partition"):  # stage 1, bfloat16, gradients added up in float32
+        return _partitioned(zero.bf16_groups, zero.fp32_groups_flat_partition, names)
     if hasattr(zero, "fp32_groups"):
         pairs = [pair for ours, theirs in zip(zero.fp16_groups, zero.fp32_groups, strict=True)
                  for pair in zip(ours, theirs, strict=True)]  # fmt: skip
@@ -75,6 +77,22 @@ def applied_steps(engine: Any) -> int:
     return max((int(state["step"]) for state in base_optimizer(engine).state.values() if "step" in state), default=0)
 
 
+def start_from(engine: Any, weights: dict[str, Tensor]) -> None:
+    """Make a new engine's masters the float32 `weights` (whole, by name), and its optimizer one that has done no step.
+
+    In mixed precision DeepSpeed makes the masters from weights that it has rounded before. At stage 0 it also applies
+    a step of zero gradients to set up the moments, which spoils Adam's bias correction and decays the weights once.
+    """
+    for holder in holders(engine):
+        with holder.resident(True), torch.no_grad():
+            flat = holder.tensor.view(-1)
+            for piece in holder.pieces:
+                part = weights[piece.name].reshape(-1)[piece.start : piece.start + piece.numel]
+                flat[piece.offset : piece.offset + piece.numel] = part
+    if is_replicated(engine):
+        base_optimizer(engine).state.clear()
+
+
 def publish_masters(engine: Any) -> None:
     """After masters were overwritten: copy them to the weights that the forward pass uses, on all ranks."""
     zero = engine.optimizer
@@ -87,6 +105,8 @@ def publish_masters(engine: Any) -> None:
         zero.update_lp_params()
         for group in range(len(zero.bit16_groups)):
             zero._update_model_bit16_weights(group)
+    elif hasattr(zero, "fp32_groups_flat_partition"):
+        zero.update_lp_params()
     elif hasattr(zero, "fp32_groups"):
         for ours, theirs in zip(zero.fp16_groups, zero.fp32_groups, strict=True):
             for parameter, master in zip(ours, theirs, strict=True):
@@ -97,9 +117,9 @@ def _whole(name: str, tensor: Tensor) -> Holder:
     return Holder(tensor, [Piece(name, tuple(tensor.shape), 0, tensor.numel(), 0)])
 
 
-def _partitioned(zero: Any, names: dict[int, str]) -> list[Holder]:
+def _partitioned(groups: list[Any], flats: list[Tensor], names: dict[int, str]) -> list[Holder]:
     found = []
-    for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+    for group, flat in zip(groups, flats, strict=True):
         pieces = []
         for parameter in group:
             if (mapping := parameter._hp_mapping) is not None:

@@ -27,7 +27,10 @@ def _adamw(groups: ParamGroups, config: OptimizerConfig, device: torch.device, o
     if on_cpu and device.type == "cuda":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, lr=config.lr, betas=config.betas, eps=config.eps, adamw_mode=True)
+        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(
+            groups, lr=config.lr, betas=config.betas, eps=config.eps, adamw_mode=True
+        )
+        return optimizer
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=device.type == "cuda")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, Interrupted
 
 PREPARATION_TIMEOUT = timedelta(days=2)  # tokenising a large corpus may take hours; a dead rank is noticed elsewhere
 
@@ -36,18 +36,20 @@ class Processes:
         """Run `prepare` on rank 0 before the process group exists, and give its JSON answer to every rank.
 
         No collective waits meanwhile, so it may take as long as it likes. When it fails, rank 0 raises its error and
-        the others raise one that names rank 0.
+        the others raise one that names rank 0 (Interrupted if that was it).
         """
         if not self.is_first:
             self.store.wait(["prepared"], PREPARATION_TIMEOUT)
             answer = json.loads(self.store.get("prepared"))
             if "error" in answer:
-                raise HarnessError(f"rank 0 could not prepare the run: {answer['error']}")
+                kind = Interrupted if answer["is_interrupted"] else HarnessError
+                raise kind(f"rank 0 could not prepare the run: {answer['error']}")
             return dict(answer["value"])
         try:
             value = prepare()
         except BaseException as error:
-            self.store.set("prepared", json.dumps({"error": str(error)}))
+            answer = {"error": str(error), "is_interrupted": isinstance(error, Interrupted)}
+            self.store.set("prepared", json.dumps(answer))
             raise
         self.store.set("prepared", json.dumps({"value": value}))
         return value

@@ -28,16 +28,23 @@ class EvaluationInterrupted(Exception):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of one set, with its hypotheses in row order."""
+    """Scores of one set, with its texts in row order; `losses` (loss, nll) are per target token."""
 
+    sources: list[str]
+    references: list[str]
     hypotheses: list[str]
     scores: Scores
+    settings: BeamSettings
     decode_seconds: float
     losses: dict[str, float] = field(default_factory=dict)
 
     @property
     def values(self) -> dict[str, float]:
         return {**self.losses, **self.scores.values}
+
+    def write(self, directory: Path) -> None:
+        """The files of docs/evaluation.md. Raises OSError, or HarnessError if `directory` holds something else."""
+        write_evaluation(directory, **vars(self))
 
 
 def decode_rows(
@@ -84,18 +91,20 @@ def measure_loss(
     max_tokens: int,
     num_rows: int | None = None,
 ) -> dict[str, float]:
-    """`loss` (smoothed) and `nll` per target token over the first `num_rows` rows, without dropout."""
+    """`loss` (smoothed) and `nll` per target token over the first `num_rows` rows, without dropout.
+
+    Batches are those of one process, dealt to the ranks, so the values do not depend on the number of ranks.
+    """
     sizes = np.maximum(rows.source_sizes, rows.target_sizes)[:num_rows]
-    steps = cut_step(
-        np.arange(len(sizes)), sizes, max_tokens_per_device=max(max_tokens, int(sizes.max())),
-        world_size=processes.world_size,
-    )  # fmt: skip
+    limit = max(max_tokens, int(sizes.max()))
+    batches = cut_step(np.arange(len(sizes)), sizes, max_tokens_per_device=limit, world_size=1)
+    turns = deal([batch.tolist() for (batch,) in batches], processes.rank, processes.world_size)
     sums = [0.0, 0.0, 0.0]
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        for parts in steps:
-            batch = task.collate(rows.take(parts[processes.rank]), processes.device)
+        for turn in turns:
+            batch = task.collate(rows.take(turn.rows if turn.counts else []), processes.device)
             logits_BTV = model(**batch.inputs, use_cache=False).logits
             terms = label_smoothed_cross_entropy(
                 logits_BTV, batch.labels_BT, epsilon=loss.label_smoothing, convention=loss.convention
@@ -113,12 +122,11 @@ def evaluate(
     processes: Processes,
     *,
     config: RunConfig,
-    directory: Path,
     num_rows: int | None = None,
     synced: bool = False,
     stop_wanted: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Loss, beam search and corpus scores of one set; rank 0 writes `directory`. `config.evaluation` must be set."""
+    """Loss, beam search and corpus scores of one set, on every rank. `config.evaluation` must be set."""
     options = config.evaluation
     assert options is not None
     max_tokens = options.max_tokens_per_device or config.batch.max_tokens_per_device
@@ -134,14 +142,8 @@ def evaluate(
         settings=settings, max_tokens=max_tokens, num_rows=num_rows, synced=synced, stop_wanted=stop_wanted,
     )  # fmt: skip
     decode_seconds = time.monotonic() - started
-    references = rows.texts("target")[:num_rows]
+    sources, references = rows.texts("source")[:num_rows], rows.texts("target")[:num_rows]
     languages = set(rows.texts("target_language")[:num_rows])
     language = languages.pop() if len(languages) == 1 else None
     scores = corpus_scores(hypotheses, references, options.metrics, target_language=language)
-    if processes.is_first:
-        write_evaluation(
-            directory, sources=rows.texts("source")[:num_rows], references=references, hypotheses=hypotheses,
-            scores=scores, settings=settings, decode_seconds=decode_seconds, losses=losses,
-        )  # fmt: skip
-    processes.barrier()
-    return Evaluation(hypotheses, scores, decode_seconds, losses)
+    return Evaluation(sources, references, hypotheses, scores, settings, decode_seconds, losses)

@@ -10,13 +10,14 @@ _hits: dict[str, int] = {}
 
 
 def fault_point(name: str) -> None:
-    """SIGKILL this process if HARNESS_FAULT is `name`, or at the n-th visit if it is `name:n`.
+    """Send this process SIGKILL if HARNESS_FAULT is `name`; `name:3:SIGTERM` is SIGTERM at the third visit.
 
     HARNESS_FAULT_RANK limits it to one rank.
     """
-    wanted, _, visit = os.environ.get(VARIABLE, "").partition(":")
+    wanted, _, rest = os.environ.get(VARIABLE, "").partition(":")
     if wanted != name or os.environ.get("HARNESS_FAULT_RANK", os.environ.get("RANK")) != os.environ.get("RANK"):
         return
+    visit, _, sent = rest.partition(":")
     _hits[name] = _hits.get(name, 0) + 1
     if _hits[name] == int(visit or 1):
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.Signals[sent or "SIGKILL"])

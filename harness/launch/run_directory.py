@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import io
+import json
 import os
 import platform
 import socket
@@ -20,13 +21,16 @@ from typing import IO, Any
 from ruamel.yaml import YAML
 
 import harness
+from harness.config.changes import forbidden_changes
 from harness.config.load import load_run_config
 from harness.config.schema import RunConfig
 from harness.errors import ConfigError, HarnessError, ResourceError
 from harness.io.accelerator import accelerator, num_devices
-from harness.io.atomic import write_json, write_text
+from harness.io.atomic import read_json, write_json, write_text
+from harness.launch.failures import newest_checkpoint
 from harness.plan.plan import Plan, make_plan
 
+STOP_FILE = "stop"  # the request of `harness stop`
 _LOCK_FILE = "run.lock"
 _PACKAGES = (
     "torch", "deepspeed", "transformers", "tokenizers", "sentencepiece", "safetensors", "datasets", "accelerate",
@@ -41,11 +45,49 @@ def plan_run(run_file: Path, overrides: Sequence[str], *, world_size: int | None
     return make_plan(config, world_size=world_size or (num_devices() if processes == "auto" else processes))
 
 
+def refuse_changes(plan: Plan) -> None:
+    """Raises ConfigError if the run has checkpoints and its run file differs in a key that decides what is learnt."""
+    run_dir = Path(plan.run_dir)
+    step = newest_checkpoint(run_dir)
+    if step is None or not (run_dir / "plan.json").is_file():
+        return
+    changes = forbidden_changes(read_json(run_dir / "plan.json").get("config", {}), plan.config)
+    if changes:
+        lines = "".join(f"\n  {key}: {json.dumps(old)} -> {json.dumps(new)}" for key, old, new in changes)
+        raise ConfigError(
+            f"this run has learnt {step} steps, and the run file now says something else of what is learnt:{lines}",
+            where=str(run_dir),
+            hint="put the old values back to go on, or give the run a new `name` to start again",
+        )
+
+
+def completed(plan: Plan) -> str | None:
+    """What the run has come to, if it has ended and this run file asks for nothing more; else None.
+
+    A run that early stopping has ended goes on when that section has changed.
+    """
+    path = Path(plan.run_dir) / "summary.json"
+    summary = read_json(path) if path.is_file() else {}
+    is_over = summary.get("steps", 0) >= summary.get("total_steps", float("inf"))
+    stopping = plan.config.early_stopping and plan.config.early_stopping.model_dump(mode="json")
+    if not (is_over or (stopping and summary.get("early_stopping") == stopping)):
+        return None
+    config = read_json(path.with_name("plan.json")).get("config", {})
+    if forbidden_changes(config, plan.config):
+        return None
+    scores = "".join(f", test {name} {value:.4g}" for name, value in summary["test"].items())
+    return (
+        f"{plan.run_dir} is complete: {summary['steps']} steps{scores}\n"
+        f"  -> the model is in {plan.run_dir}/export; to train again give the run another `name`"
+    )
+
+
 @contextmanager
 def opened_run_directory(plan: Plan) -> Iterator[Path]:
     """The run's directory, ours alone until the end of the block, with config.yaml, plan.json and environment.json.
 
-    ConfigError when another process works in it or it cannot be written, ResourceError when the disk is full.
+    ConfigError when another process works in it, it cannot be written or holds another run's checkpoints;
+    ResourceError when the disk is full.
     """
     run_dir = Path(plan.run_dir)
     try:
@@ -55,7 +97,10 @@ def opened_run_directory(plan: Plan) -> Iterator[Path]:
         raise _cannot_write(run_dir, error) from error
     with lock:
         _take(lock, run_dir)
+        refuse_changes(plan)
         try:
+            (run_dir / "summary.json").unlink(missing_ok=True)
+            (run_dir / STOP_FILE).unlink(missing_ok=True)  # it was for an earlier start
             write_text(run_dir / "config.yaml", _yaml(plan.config))
             write_json(run_dir / "plan.json", plan.to_json())
             write_json(run_dir / "environment.json", describe_environment())

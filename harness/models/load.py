@@ -18,6 +18,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.m2m_100.modeling_m2m_100 import M2M100SinusoidalPositionalEmbedding
+from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
 from transformers.utils import logging
 
 from harness.config.schema import ModelConfig
@@ -75,9 +77,10 @@ def load_family(path: str | Path) -> tuple[Family, PreTrainedTokenizerBase]:
     return family, tokenizer
 
 
-def load_model(model: ModelConfig, seed: int) -> PreTrainedModel:
+def load_model(model: ModelConfig, seed: int, *, device: str = "cpu") -> PreTrainedModel:
     """The model in float32, in training mode: from `model.path`, or with random weights that depend on `seed` only.
 
+    On the device "meta" no weight is read; names and shapes are still compared with config.json.
     Layer drop is switched off: each rank would skip other layers, and under ZeRO-3 wait for ever.
     Raises DataError if the files are wrong, ConfigError if the model cannot do what `model` asks for.
     """
@@ -86,7 +89,7 @@ def load_model(model: ModelConfig, seed: int) -> PreTrainedModel:
     _override(config, model)
     options = {"config": config, "dtype": torch.float32, "attn_implementation": model.attention}
     try:
-        network = _pretrained_model(directory, options) if model.path else _random_model(options, seed)
+        network = _pretrained_model(directory, options, device) if model.path else _random_model(options, seed, device)
     except DataError:
         raise
     except Exception as error:  # validation raises errors of several libraries
@@ -97,6 +100,13 @@ def load_model(model: ModelConfig, seed: int) -> PreTrainedModel:
     if model.gradient_checkpointing:
         enable = getattr(network, "activation_checkpointing_enable", network.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
+    for module in network.modules():
+        if isinstance(module, MarianSinusoidalPositionalEmbedding):
+            # Fixed and never saved, but thawed by loading: weight decay would change what no export has.
+            module.requires_grad_(False)
+        if isinstance(module, M2M100SinusoidalPositionalEmbedding):
+            # A buffer, which DeepSpeed leaves in float32: added to bfloat16 embeddings it would make float32 of them.
+            module.to(getattr(torch, model.dtype))
     return network.train()
 
 
@@ -134,16 +144,18 @@ def _override(config: PreTrainedConfig, model: ModelConfig) -> None:
         config.attention_dropout = model.attention_dropout
 
 
-def _random_model(options: dict[str, Any], seed: int) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):
+def _random_model(options: dict[str, Any], seed: int, device: str) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
         return AutoModelForSeq2SeqLM.from_config(**options)
 
 
-def _pretrained_model(directory: Path, options: dict[str, Any]) -> PreTrainedModel:
+def _pretrained_model(directory: Path, options: dict[str, Any], device: str) -> PreTrainedModel:
     """Raises DataError if a weight is missing or has another shape: it must not be drawn at random in silence."""
     options |= {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    if device != "cpu":
+        options["device_map"] = device
     model, info = AutoModelForSeq2SeqLM.from_pretrained(directory, **options)
     for what in ("missing_keys", "mismatched_keys"):
         if info[what]:

@@ -45,8 +45,11 @@ def model_states(shapes: Shapes, *, deepspeed: dict[str, Any], dtype: str, optim
     memory: Memory = {"device": {}, "host": {}, "nvme": {}}
 
     memory[weights_place]["weights"] = width * (share if stage == 3 else parameters)
+    sum_width = _FLOAT32_BYTES if _sums_in_float32(deepspeed) else width
     if optimizer_place == "device":
-        memory["device"]["gradients"] = width * (share if stage >= 2 else parameters)
+        memory["device"]["gradients"] = sum_width * share if stage >= 2 else width * parameters
+        if stage == 1 and sum_width > width:  # beside the gradients of the micro-batch
+            memory["device"]["gradients"] += sum_width * parameters
     else:  # ZeRO-Offload: the owned part is collected in float32 beside the optimizer
         memory["host"]["gradients"] = _FLOAT32_BYTES * share
         if stage == 1:
@@ -56,6 +59,10 @@ def model_states(shapes: Shapes, *, deepspeed: dict[str, Any], dtype: str, optim
     states = _FLOAT32_BYTES * num_state_values(shapes, optimizer)
     memory[optimizer_place]["optimizer_states"] = ceil(states / world_size) if stage else states
     return memory
+
+
+def _sums_in_float32(deepspeed: dict[str, Any]) -> bool:
+    return bool(deepspeed.get("data_types", {}).get("grad_accum_dtype") == "fp32")
 
 
 def num_state_values(shapes: Shapes, optimizer: str) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from harness.config.schema import DataConfig
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
+Tokens = Sequence[int] | NDArray[np.int32]
+Example = tuple[Tokens, Tokens, int]  # input_ids, labels, decoder_start
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class TranslationTask:
             for row, source, target in zip(rows, sources, targets, strict=True)
         ]
 
-    def collate(self, examples: Sequence[tuple[Sequence[int], Sequence[int], int]], device: torch.device) -> Batch:
+    def collate(self, examples: Sequence[Example], device: torch.device) -> Batch:
         """Pad (input_ids, labels, decoder_start) examples. No examples give one row without target tokens, so that
         a rank short of rows still takes part in the collectives of a forward and backward pass.
 
@@ -80,9 +83,7 @@ class TranslationTask:
         padded = len(examples) * max(input_ids_BS.shape[1], labels_BT.shape[1])
         return Batch({k: v.to(device) for k, v in inputs.items()}, labels_BT.to(device), padded, num_tokens)
 
-    def collate_sources(
-        self, examples: Sequence[tuple[Sequence[int], Sequence[int], int]], device: torch.device
-    ) -> dict[str, Any]:
+    def collate_sources(self, examples: Sequence[Example], device: torch.device) -> dict[str, Any]:
         """What beam search needs of the same examples: sources, decoder starts and forced first tokens."""
         sources = [source for source, _, _ in examples]
         forced = [int(row[0]) for _, row, _ in examples] if self.family.force_language else None
@@ -98,14 +99,16 @@ class TranslationTask:
         return " ".join(self.family.decode(self.tokenizer, [token_ids])[0].split())
 
     def show(self, row: Row) -> str:
-        """One row as the model will see it, token by token, for `harness check`."""
+        """One row as the model will see it, token by token, and what beam search starts with, for `harness check`."""
         (encoded,) = self.encode([row])
         starts = [encoded.decoder_start, *encoded.labels[:-1]]
-        lines = {"source": encoded.input_ids, "decoder input": starts, "labels": encoded.labels}
+        parts = {"source": encoded.input_ids, "decoder input": starts, "labels": encoded.labels}
+        lines = {name: " ".join(self.tokenizer.convert_ids_to_tokens(ids)) for name, ids in parts.items()}
+        start, first = self.tokenizer.convert_ids_to_tokens([encoded.decoder_start, encoded.labels[0]])
+        forced = f"{first} is forced first" if self.family.force_language else "no token is forced"
+        lines["beam search"] = f"starts with {start}, {forced}"
         width = max(map(len, lines))
-        return "\n".join(
-            f"{name:>{width}}: {' '.join(self.tokenizer.convert_ids_to_tokens(ids))}" for name, ids in lines.items()
-        )
+        return "\n".join(f"{name:>{width}}: {text}" for name, text in lines.items())
 
     def _start(self, language: str | None) -> int:
         if language not in self._starts:
@@ -117,7 +120,7 @@ class TranslationTask:
         return {}
 
 
-def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+def _pad(rows: Sequence[Tokens], value: int) -> Tensor:
     padded = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
     for index, row in enumerate(rows):
         padded[index, : len(row)] = row

@@ -11,12 +11,13 @@ import torch
 from harness.data.loader import StepRows
 from harness.engine.build import StepOutcome, apply_gradients
 from harness.engine.measure import copy_masters, peak_memory_bytes, update_to_weight_ratio
-from harness.errors import Interrupted, NonFiniteError
+from harness.errors import NonFiniteError
 from harness.io.atomic import write_json
 from harness.io.faults import fault_point
 from harness.objectives.cross_entropy import label_smoothed_cross_entropy
 from harness.plan.schedule import learning_rate
 from harness.training.session import Session, save
+from harness.training.stop import stopped
 from harness.training.validate import evaluate_validation, should_stop_early
 
 MAX_SKIPPED_IN_A_ROW = 3
@@ -35,13 +36,13 @@ class StepSums(NamedTuple):
 def train(session: Session) -> None:
     """Run optimizer steps until the schedule ends, a score stops improving, or a stop is agreed on.
 
-    Raises Interrupted after a save when any rank was asked to stop, NonFiniteError after several steps in a row whose
-    gradient was not finite.
+    Raises Interrupted when any rank was asked to stop and the present step is saved, NonFiniteError after several steps
+    in a row whose gradient was not finite.
     """
     config, progress = session.config, session.progress
     skipped = 0
-    if progress.step == 0 and config.evaluation and config.evaluation.initial:
-        evaluate_validation(session)
+    if session.processes.sum([session.stop.wanted()])[0] or evaluate_if_due(session):
+        raise stopped(progress.step)
     for batch in session.steps.starting_at(progress.step + 1):
         if progress.step >= session.total_steps or should_stop_early(session):
             break
@@ -60,13 +61,11 @@ def train(session: Session) -> None:
         skipped = 0 if outcome.applied else skipped + 1
         if skipped >= MAX_SKIPPED_IN_A_ROW:
             give_up(session, batch, skipped)
-        stopping = sums.stops_wanted > 0
-        if not stopping and is_due(batch.step, config.evaluation.every_steps if config.evaluation else None):
-            stopping = evaluate_validation(session)
+        stopping = sums.stops_wanted > 0 or evaluate_if_due(session)
         if stopping or is_due(batch.step, config.checkpoint.every_steps):
             save(session)
         if stopping:
-            raise Interrupted(f"stopped and saved at step {batch.step}", hint="run the same command again to go on")
+            raise stopped(batch.step)
 
 
 def accumulate(session: Session, batch: StepRows) -> StepSums:
@@ -81,13 +80,20 @@ def accumulate(session: Session, batch: StepRows) -> StepSums:
     for micro_step, parts in enumerate(batch.micro_batches):
         examples = task.collate(session.rows.train.take(parts[processes.rank]), processes.device)
         # Dropout follows from (seed, step, micro-batch), so a resumed run draws what the unbroken run drew.
-        torch.manual_seed(dropout_seed(session.config.seed, batch.step, micro_step * processes.world_size + processes.rank))
+        torch.manual_seed(
+            dropout_seed(session.config.seed, batch.step, micro_step * processes.world_size + processes.rank)
+        )
         logits_BTV = engine(**examples.inputs, use_cache=False).logits
         terms = label_smoothed_cross_entropy(
             logits_BTV, examples.labels_BT, epsilon=loss.label_smoothing, convention=loss.convention
         )
         engine.backward(terms.loss_sum * (processes.world_size / batch.target_tokens), scale_wrt_gas=False)
-        added = (terms.loss_sum.detach(), terms.nll_sum, examples.num_padded_tokens, examples.num_tokens)
+        added: tuple[float | torch.Tensor, ...] = (
+            terms.loss_sum.detach(),
+            terms.nll_sum,
+            examples.num_padded_tokens,
+            examples.num_tokens,
+        )
         sums = [total + float(value) for total, value in zip(sums, added, strict=True)]
     return StepSums(*processes.sum([*sums, session.stop.wanted()]))
 
@@ -98,6 +104,15 @@ def dropout_seed(*parts: int) -> int:
 
 def is_due(step: int, every_steps: int | None) -> bool:
     return every_steps is not None and step % every_steps == 0
+
+
+def evaluate_if_due(session: Session) -> bool:
+    """Score the present step if the run file wants it and it has not been; True when a stop was agreed on meanwhile."""
+    options, step = session.config.evaluation, session.progress.step
+    if options is None:
+        return False
+    wanted = is_due(step, options.every_steps) if step else options.initial
+    return wanted and evaluate_validation(session)
 
 
 def record_step(
@@ -127,7 +142,8 @@ def record_step(
         values["update_to_weight_ratio"] = ratio
     session.records.step(batch.step, values)
     if not outcome.applied:
-        session.records.event("skip", batch.step, reason="the gradient is not finite; the step was applied on no rank")
+        reason = "the gradient is not finite; the step was applied on no rank"
+        session.records.event("skip", batch.step, reason=reason, world_size=session.processes.world_size)
 
 
 def give_up(session: Session, batch: StepRows, skipped: int) -> None:

@@ -31,6 +31,8 @@ def build_task(config: RunConfig) -> TranslationTask:
     family, tokenizer = load_family(model_source(config))
     for name in ("max_source_length", "max_target_length"):
         family.check_length(getattr(config.data, name), f"data.{name}")
+    if config.evaluation and config.evaluation.max_target_length:
+        family.check_length(config.evaluation.max_target_length, "evaluation.max_target_length")
     return TranslationTask(tokenizer, family, config.data)
 
 
@@ -52,9 +54,11 @@ def prepare(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     return {name: str(one.rows.directory) for name, one in prepared.items()}
 
 
-def prepare_sets(config: RunConfig, report_dir: Path | None = None) -> dict[str, Prepared]:
-    """`train` and the evaluation sets, cleaned and encoded, or found in the cache."""
-    task = build_task(config)
+def prepare_sets(
+    config: RunConfig, report_dir: Path | None = None, *, task: TranslationTask | None = None
+) -> dict[str, Prepared]:
+    """`train` and the evaluation sets, cleaned and encoded, or found in the cache. `task` saves loading it again."""
+    task = task or build_task(config)
     cache_root = Path(config.output_dir) / CACHE_DIRECTORY
     sets = evaluation_sources(config)
     held_out = held_out_sources(sets.values(), config.data)

@@ -18,9 +18,10 @@ from typing import Any, NoReturn
 
 from harness.errors import ExitCode, HarnessError
 from harness.io.atomic import read_json, write_json
+from harness.io.faults import fault_point
 from harness.launch.environment import STORE_VARIABLE, RankEnvironment, read_rank_environment
 from harness.launch.failures import PEER_LOST
-from harness.launch.run_directory import opened_run_directory, plan_run
+from harness.launch.run_directory import completed, opened_run_directory, plan_run
 from harness.plan.plan import Plan
 from harness.training.stop import StopRequest
 
@@ -40,9 +41,14 @@ def main_from_run_file(argv: Sequence[str]) -> int:
         environment = read_rank_environment()
         os.environ.update(environment.variables())  # torch and DeepSpeed read these, whatever the launcher calls them
         plan = plan_run(Path(argv[0]), argv[1:], world_size=environment.world_size)
+        result = completed(plan)
     except HarnessError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    if result is not None:
+        if environment.rank == 0:
+            print(result)
+        return ExitCode.DONE
     with ExitStack() as held_until_the_end:
         return _run_or_exit(
             plan, environment, prepare_directory=lambda: held_until_the_end.enter_context(opened_run_directory(plan))
@@ -60,28 +66,32 @@ def run_rank(plan: Plan, environment: RankEnvironment, stop: StopRequest, prepar
 
     timings = {"import_s": time.monotonic() - started}
     run_dir = Path(plan.run_dir)
-    store = find_store(
-        rank=environment.rank, world_size=environment.world_size, store_path=environment.store_path
-    )
+    store = find_store(rank=environment.rank, world_size=environment.world_size, store_path=environment.store_path)
     processes = Processes(
         environment.rank, environment.local_rank, environment.world_size, find_device(environment.local_rank), store
     )
 
     def prepare_run() -> dict[str, str]:
         prepare_directory()
-        stop.clear()
-        return prepare(plan.config, run_dir)
+        fault_point("prepare")
+        with stop.at_once():
+            return prepare(plan.config, run_dir)
 
     prepare_started = time.monotonic()
     directories = processes.first_rank_prepares(prepare_run)
     timings["prepare_s"] = time.monotonic() - prepare_started
     join(processes, timeout_s=plan.config.launch.collective_timeout_s)
     session = open_session(plan, run_dir, directories, processes, stop, timings)
+    end_reason = "failed"
     try:
         train(session)
         finish(session)
-        session.records.event("stop", session.progress.step, reason="done")
+        end_reason = "done"
+    except HarnessError as error:
+        end_reason = error.what
+        raise
     finally:
+        session.records.event("stop", session.progress.step, reason=end_reason, world_size=processes.world_size)
         session.records.close()
     leave()
 
@@ -94,11 +104,11 @@ def _run_or_exit(plan: Plan, environment: RankEnvironment, prepare_directory: Ca
     try:
         run_rank(plan, environment, stop, prepare_directory)
     except BaseException as error:
-        _record_and_exit(error, Path(plan.run_dir), environment.rank)
+        record_and_exit(error, Path(plan.run_dir), environment.rank)
     return ExitCode.DONE
 
 
-def _record_and_exit(error: BaseException, run_dir: Path, rank: int) -> NoReturn:
+def record_and_exit(error: BaseException, run_dir: Path, rank: int) -> NoReturn:
     code = error.exit_code if isinstance(error, HarnessError) else ExitCode.OTHER
     text = str(error) or type(error).__name__
     is_ours = isinstance(error, HarnessError)
@@ -111,11 +121,15 @@ def _record_and_exit(error: BaseException, run_dir: Path, rank: int) -> NoReturn
         "message": text,
         "traceback": "" if is_ours else traceback.format_exc(),
     }
-    if run_dir.is_dir():
-        write_json(run_dir / "errors" / f"rank-{rank}.json", record)
+    is_recorded = STORE_VARIABLE in os.environ  # our supervisor reads it; under other launchers rank 0 speaks
+    try:
+        if run_dir.is_dir():
+            write_json(run_dir / "errors" / f"rank-{rank}.json", record)
+    except OSError:
+        is_recorded = False
     if not is_ours:
         traceback.print_exc()
-    elif STORE_VARIABLE not in os.environ and rank == 0:  # no supervisor of ours to say it
+    elif not is_recorded and rank == 0:
         print(f"error: {text}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()

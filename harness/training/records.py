@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config.schema import RunConfig
+from harness.errors import HarnessError
 from harness.evaluation.scores import LABELS
 from harness.training.console import Console
 from harness.training.event_file import EventFile, sample_table
@@ -62,7 +63,7 @@ class RunRecords:
         first_step = 0 if resumed_step is None else resumed_step + 1
         events = EventFile(run_dir / "tensorboard", first_step) if monitor.tensorboard else None
         records = cls(console, metrics, events, monitor.log_every_steps)
-        records._attempt("metrics.jsonl", lambda: records._rewind(resumed_step))
+        records.attempt("metrics.jsonl", lambda: records._rewind(resumed_step))
         if resumed_step is None:
             metric_tags = ["train/loss", *(f"validation/{name}" for name in _metrics_of(config))]
             records._tensorboard(lambda file: file.hyper_parameters(config.model_dump(mode="json"), metric_tags))
@@ -134,7 +135,7 @@ class RunRecords:
     def _record(self, event: str, step: int, values: Mapping[str, Any]) -> None:
         record = {"event": event, "step": step, "time_s": round(time.time(), 3), **values}
         if self._console is not None:
-            self._attempt("metrics.jsonl", lambda: self._metrics.append(record))
+            self.attempt("metrics.jsonl", lambda: self._metrics.append(record))
 
     def _curves(self, step: int, values: Mapping[str, Any]) -> None:
         numbers = {tag: float(value) for tag, value in values.items() if isinstance(value, int | float)}
@@ -143,15 +144,17 @@ class RunRecords:
     def _tensorboard(self, write: Callable[[EventFile], None]) -> None:
         events = self._events
         if events is not None:
-            self._attempt("tensorboard", lambda: write(events))
+            self.attempt("tensorboard", lambda: write(events))
 
-    def _attempt(self, name: str, write: Callable[[], None]) -> None:
+    def attempt(self, name: str, write: Callable[[], None]) -> None:
+        """Run `write`; when it cannot write, that is counted under `name` and told, and training goes on."""
         try:
             write()
-        except OSError as error:
+        except (OSError, HarnessError) as error:
             self.lost[name] += 1
             if self.lost[name] == 1:
-                self.note(f"{name} cannot be written ({error.strerror}); training goes on without it while that lasts")
+                why = error.strerror if isinstance(error, OSError) else error
+                self.note(f"{name} cannot be written ({why}); training goes on without it while that lasts")
 
 
 def _metrics_of(config: RunConfig) -> list[str]:

@@ -57,6 +57,7 @@ class Session:
     store: CheckpointStore
     stop: StopRequest
     progress: Progress
+    saved_step: int  # of the newest checkpoint that holds this session's tensors; -1: none
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -89,9 +90,9 @@ def open_session(
     )
     store = CheckpointStore(run_dir / CHECKPOINTS)
     progress = Progress(data_digest=rows.train.digest)
-    checkpoint, broken = store.newest()
     if processes.is_first:
         store.remove_leftovers()
+    checkpoint, broken = checkpoint_state.newest(store, processes)
     if checkpoint is not None:
         with timed(timings, "resume_s"):
             progress = resume(engine, checkpoint, rows.train.digest)
@@ -113,8 +114,9 @@ def open_session(
     for reason in broken:
         records.note(f"a checkpoint was passed over: {reason}")
     return Session(
-        plan, config, run_dir, processes, task, engine, rows, steps, total_steps, records, store, stop, progress
-    )
+        plan, config, run_dir, processes, task, engine, rows, steps, total_steps, records, store, stop, progress,
+        saved_step=progress.step if checkpoint else -1,
+    )  # fmt: skip
 
 
 def resume(engine: Any, checkpoint: Checkpoint, data_digest: str) -> Progress:
@@ -132,21 +134,28 @@ def resume(engine: Any, checkpoint: Checkpoint, data_digest: str) -> Progress:
 
 
 def save(session: Session) -> None:
-    """Commit a checkpoint of the current step and delete those that retention no longer wants; a collective."""
+    """Commit a checkpoint of the current step and delete those that retention no longer wants; a collective.
+
+    If the step is saved already, only what has been learnt about it since is added.
+    """
     progress, options = session.progress, session.config.checkpoint
     started = time.monotonic()
     state = asdict(progress) | {"wall_time_s": progress.wall_time_s + started - session.started}
-    checkpoint = checkpoint_state.save(
-        session.store, session.engine, session.processes, step=progress.step, state=state
-    )
-    if checkpoint is not None:
-        keep = {*session.store.steps()[-options.keep_last :], *map(int, progress.best)}
-        session.store.retain(keep)
-        seconds = time.monotonic() - started
-        session.records.checkpoint(
-            progress.step, path=str(checkpoint.directory), bytes=checkpoint.num_bytes,
-            seconds=seconds, blocked_seconds=seconds,
-        )  # fmt: skip
+    if session.saved_step == progress.step:
+        checkpoint_state.amend(session.store, session.processes, step=progress.step, state=state)
+    else:
+        checkpoint = checkpoint_state.save(
+            session.store, session.engine, session.processes, step=progress.step, state=state
+        )
+        if checkpoint is not None:
+            seconds = time.monotonic() - started
+            session.records.checkpoint(
+                progress.step, path=str(checkpoint.directory), bytes=checkpoint.num_bytes,
+                seconds=seconds, blocked_seconds=seconds,
+            )  # fmt: skip
+        session.saved_step = progress.step
+    if session.processes.is_first:
+        session.store.retain(progress.step, num_last=options.keep_last, best=map(int, progress.best))
     session.processes.barrier()
 
 

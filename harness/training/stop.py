@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-STOP_FILE = "stop"
+from harness.errors import Interrupted
+from harness.launch.run_directory import STOP_FILE
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
+def stopped(step: int) -> Interrupted:
+    """What every rank raises once the ranks have agreed to stop and the checkpoint of `step` is committed."""
+    what = f"stopped and saved at step {step}" if step else "stopped before the first step"
+    return Interrupted(what, hint="run the same command again to go on")
+
+
 class StopRequest:
-    """This rank's wish to save and stop. The handler only sets a flag; the loop decides when to act."""
+    """This rank's wish to save and stop. The handler sets a flag; the loop decides when to act."""
 
     def __init__(self, run_dir: Path) -> None:
         self._file = run_dir / STOP_FILE
+        self._is_at_once = False
         self.reason = ""
 
     def listen(self) -> None:
@@ -27,9 +38,18 @@ class StopRequest:
             self.reason = "harness stop"
         return bool(self.reason)
 
-    def clear(self) -> None:
-        """Forget a request of an earlier start of the run."""
-        self._file.unlink(missing_ok=True)
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within, a signal raises Interrupted: work that may take hours and has nothing to save."""
+        self._is_at_once = True
+        try:
+            if self.wanted():
+                raise stopped(0)
+            yield
+        finally:
+            self._is_at_once = False
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.reason = self.reason or signal.Signals(number).name
+        if self._is_at_once:
+            raise stopped(0)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from harness.data.encoded import EncodedRows
 from harness.evaluation.evaluate import Evaluation, EvaluationInterrupted, evaluate
 from harness.evaluation.scores import HIGHER_IS_BETTER
+from harness.io.faults import fault_point
 from harness.training.session import Session, save
+
+NUM_SAMPLES = 10  # shown in TensorBoard
 
 
 def evaluate_validation(session: Session) -> bool:
-    """Score the validation set at the current step, keep a checkpoint if it is among the best; a collective.
+    """Score the validation set at the current step, save that if it is among the best; a collective.
 
     Returns True when a stop was agreed on meanwhile; the evaluation is then made again after the restart.
     """
@@ -25,12 +29,15 @@ def evaluate_validation(session: Session) -> bool:
         return True
     progress.evaluated_step = progress.step
     if progress.step:
-        update_best(session, result.values[watched_metric(session)])
+        update_best(session, result.values[session.config.watched_metric or ""])
+    if str(progress.step) in progress.best or session.saved_step == progress.step:
+        save(session)
     return False
 
 
 def evaluate_set(session: Session, name: str, rows: EncodedRows, num_rows: int | None = None) -> Evaluation:
     """Decode and score one set with the engine's weights, write its directory and records."""
+    fault_point("evaluation")
     step = session.progress.step
     directory = evaluation_directory(session.run_dir, step, name)
     result = evaluate(
@@ -39,15 +46,17 @@ def evaluate_set(session: Session, name: str, rows: EncodedRows, num_rows: int |
         session.task,
         session.processes,
         config=session.config,
-        directory=directory,
         num_rows=num_rows,
         synced=session.is_parameter_sharded,
         stop_wanted=session.stop.wanted,
     )
+    if session.processes.is_first:
+        session.records.attempt("evaluations", lambda: result.write(directory))
+    session.processes.barrier()
     values = {"sentences": len(result.hypotheses), "decode_seconds": result.decode_seconds, **result.values}
     session.records.evaluation(step, name, values, signatures=result.scores.signatures)
-    sources, references = rows.texts("source"), rows.texts("target")
-    session.records.samples(step, name, list(zip(sources, references, result.hypotheses, strict=False))[:10])
+    samples = zip(result.sources, result.references, result.hypotheses, strict=True)
+    session.records.samples(step, name, list(itertools.islice(samples, NUM_SAMPLES)))
     return result
 
 
@@ -55,27 +64,16 @@ def evaluation_directory(run_dir: Path, step: int, name: str) -> Path:
     return run_dir / "evaluations" / f"step-{step:08d}-{name}"
 
 
-def watched_metric(session: Session) -> str:
-    """The score that decides which checkpoints are best: early stopping's, else the first metric."""
-    config = session.config
-    if config.early_stopping:
-        return config.early_stopping.metric
-    assert config.evaluation is not None
-    return config.evaluation.metrics[0]
-
-
 def update_best(session: Session, value: float) -> None:
-    """Note the score of this step, and save if it is one of the `keep_best` best so far."""
+    """Note the score of this step, and whether it is one of the `keep_best` best so far."""
     progress = session.progress
-    sign = 1.0 if HIGHER_IS_BETTER[watched_metric(session)] else -1.0
+    sign = 1.0 if HIGHER_IS_BETTER[session.config.watched_metric or ""] else -1.0
     if progress.best_value is None or sign * value > sign * progress.best_value:
         progress.best_value, progress.evaluations_without_gain = value, 0
     else:
         progress.evaluations_without_gain += 1
     ranked = sorted({**progress.best, str(progress.step): value}.items(), key=lambda item: sign * item[1], reverse=True)
     progress.best = dict(ranked[: session.config.checkpoint.keep_best])
-    if str(progress.step) in progress.best:
-        save(session)
 
 
 def best_step(best: dict[str, float], best_value: float | None) -> int | None:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -72,10 +73,14 @@ def records(directory: Path) -> list[dict]:
 
 
 def wait_for_step(process: subprocess.Popen[str], directory: Path, step: int) -> None:
+    wait_for(process, lambda: step in [one["step"] for one in records(directory) if one["event"] == "step"])
+
+
+def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
-    while not any(record["event"] == "step" and record["step"] >= step for record in records(directory)):
+    while not condition():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "the run does not begin"
+        assert time.monotonic() < deadline, "the run does not get there"
         time.sleep(0.05)
 
 
@@ -91,6 +96,18 @@ def ranks_of(directory: Path) -> dict[int, int]:
         except OSError:
             continue
     return found
+
+
+def resume_and_stop(directory: Path, step: int) -> None:
+    """The same command goes on after `step`, as metrics.jsonl shows; then end it."""
+    process = start(directory, "harness", "train", "run.yaml", *LONG)
+    wait_for(process, lambda: any(record["event"] == "restart" for record in records(directory)))
+    wait_for_step(process, directory, step + 3)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    steps = [record["step"] for record in records(directory) if record["event"] == "step"]
+    assert steps == list(range(1, len(steps) + 1))
 
 
 def free_port() -> str:
@@ -138,14 +155,11 @@ def test_killed_rank_ends_the_run_and_the_same_command_resumes(directory: Path, 
     assert not ranks_of(directory)
     checkpoint = int(err.rpartition("checkpoint of step ")[2])
     assert checkpoint >= 20
-    again = run(directory, "harness", "train", "run.yaml", f"schedule.steps={checkpoint + 2}")
-    assert again.returncode == 0, again.stderr
-    steps = [record["step"] for record in records(directory) if record["event"] == "step"]
-    assert steps == list(range(1, checkpoint + 3))
+    resume_and_stop(directory, checkpoint)
 
 
 def test_sigterm_saves_and_the_same_command_resumes(directory: Path) -> None:
-    process = start(directory, "harness", "train", "run.yaml", "schedule.steps=100000")
+    process = start(directory, "harness", "train", "run.yaml", *LONG)
     wait_for_step(process, directory, 5)
     process.terminate()
     _, err = process.communicate(timeout=60)
@@ -153,8 +167,7 @@ def test_sigterm_saves_and_the_same_command_resumes(directory: Path) -> None:
     assert not ranks_of(directory)
     stopped_at = int(err.rpartition("checkpoint of step ")[2])
     assert stopped_at == max(record["step"] for record in records(directory))
-    again = run(directory, "harness", "train", "run.yaml", f"schedule.steps={stopped_at + 1}")
-    assert again.returncode == 0, again.stderr
+    resume_and_stop(directory, stopped_at)
 
 
 def test_sigterm_before_the_first_step(directory: Path) -> None:

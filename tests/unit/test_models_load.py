@@ -109,3 +109,14 @@ def test_a_hub_name_without_the_hub_is_a_user_error() -> None:
     with pytest.raises(DataError, match="neither a directory nor obtainable") as error:
         model_directory("facebook/mbart-large-cc25")
     assert error.value.where == "facebook/mbart-large-cc25"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sinusoidal_positions_have_the_compute_type(dtype: str, tiny_models: dict[str, Path]) -> None:
+    """DeepSpeed casts parameters and leaves buffers: a float32 one would turn NLLB's activations back into float32."""
+    config = ModelConfig.model_validate({"path": str(tiny_models["nllb"]), "dtype": dtype})
+    model = load_model(config, seed=1)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    positions = [buffer for name, buffer in model.named_buffers() if "embed_positions" in name]
+    assert len(positions) == 2
+    assert {buffer.dtype for buffer in positions} == {getattr(torch, dtype)}

@@ -1,0 +1,53 @@
+"""``harness export``: a checkpoint of a run as a Hugging Face directory."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+from pathlib import Path
+
+from harness.cli.common import DTYPES, add_run_directory, existing_run_directory
+
+HELP = (
+    "Write a checkpoint of a run as a Hugging Face directory. It is loaded again with plain transformers and compared\n"
+    "with the checkpoint before it is called done."
+)
+EXAMPLE = "harness export runs/enro enro-model --step 2000 --dtype float32"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_directory(parser)
+    parser.add_argument("out", type=Path, metavar="OUT", help="a new or empty directory")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="a step with a checkpoint (default: the best, else the last)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: model.dtype of the run)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from harness.errors import ConfigError, ResourceError
+    from harness.io.atomic import read_json
+    from harness.plan.plan import Plan
+
+    run_dir, out = existing_run_directory(args.run_dir), args.out.absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError("is there already, and not an empty directory", where=str(args.out), hint="name a new one")
+    config = Plan.from_json(read_json(run_dir / "plan.json")).config
+    if args.dtype:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": args.dtype})})
+
+    from harness.training.finish import choose_checkpoint, export_checkpoint
+    from harness.training.prepare import build_task
+
+    checkpoint = choose_checkpoint(run_dir, args.step)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        export_checkpoint(checkpoint, config, build_task(config), out)
+    except OSError as error:
+        kind = ResourceError if error.errno == errno.ENOSPC else ConfigError
+        raise kind(f"cannot be written: {error.strerror}", where=str(args.out)) from error
+    size = sum(path.stat().st_size for path in out.iterdir())
+    print(
+        f"step {checkpoint.step:,} of {run_dir} as {config.model.dtype} in {args.out}: {size / 1e6:,.1f} MB, verified"
+    )
+    return 0

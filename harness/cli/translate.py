@@ -1,0 +1,81 @@
+"""``harness translate``: standard input to standard output."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from harness.cli.common import add_model_options, model_changes, positive
+
+HELP = (
+    "Translate standard input line by line: output line i is input line i, an empty line stays empty. Lines are\n"
+    "translated as they come, together where many are waiting."
+)
+EXAMPLE = "harness translate runs/enro < input.en > output.ro"
+_BLOCK_BYTES = 1 << 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
+    parser.add_argument(
+        "--n-best",
+        type=positive,
+        metavar="N",
+        help="the N best outputs of each line, as: line number, score, text (TSV)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from harness.errors import ConfigError
+    from harness.training.offline import open_subject, open_translator
+
+    subject = open_subject(args.model, model_changes(args))
+    assert subject.config.evaluation is not None
+    beam_size = subject.config.evaluation.beam_size
+    if (args.n_best or 1) > beam_size:
+        hint = f"--beam-size {args.n_best}"
+        raise ConfigError(f"{args.n_best} outputs need as many beams, not {beam_size}", where="--n-best", hint=hint)
+    translator = open_translator(subject.config, args.n_best or 1)
+    number = 0
+    for lines in line_blocks(sys.stdin.buffer):
+        texts = [decoded(line, number + place) for place, line in enumerate(lines, start=1)]
+        for result in translator(texts):
+            number += 1
+            if result.truncated:
+                limit = subject.config.data.max_source_length
+                print(f"line {number} has more than {limit} tokens: its end was left out", file=sys.stderr)
+            sys.stdout.buffer.write(shown(result, number, as_table=args.n_best is not None).encode())
+        sys.stdout.buffer.flush()
+    return 0
+
+
+def line_blocks(stream: BinaryIO) -> Iterator[list[bytes]]:
+    """The lines of a stream as they arrive: those that are complete in what can be read at once."""
+    rest = b""
+    while block := stream.read1(_BLOCK_BYTES):  # type: ignore[attr-defined]
+        *lines, rest = (rest + block).split(b"\n")
+        if lines:
+            yield lines
+    if rest:
+        yield [rest]
+
+
+def decoded(line: bytes, number: int) -> str:
+    """The text of line `number`, counted from 1. Raises DataError if it is not UTF-8."""
+    from harness.errors import DataError
+
+    try:
+        return line.removesuffix(b"\r").decode("utf-8")
+    except UnicodeDecodeError as error:
+        where, hint = f"standard input:{number}", "convert the input first, for example with iconv"
+        raise DataError(f"not UTF-8 at byte {error.start + 1} of the line", where=where, hint=hint) from error
+
+
+def shown(result: Any, number: int, *, as_table: bool) -> str:
+    """Output lines of one input line."""
+    if not as_table:
+        return f"{result.outputs[0].text if result.outputs else ''}\n"
+    lines = [f"{number}\t{output.score:.4f}\t{output.text}\n" for output in result.outputs]
+    return "".join(lines) or f"{number}\t\t\n"

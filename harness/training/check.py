@@ -1,0 +1,65 @@
+"""What can be said of a run before it starts: model, tokeniser, one row as the model sees it, rows, steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from harness.config.schema import RunConfig
+from harness.data.cache import Prepared
+from harness.data.loader import TrainingSteps
+from harness.data.sources import Row, read_rows
+from harness.models.load import load_model
+from harness.tasks.translation import TranslationTask
+from harness.training.prepare import build_task, model_source, prepare_sets
+
+
+def findings(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """(title, text) of every part that is right. Raises HarnessError at the first that is wrong."""
+    task = build_task(config)
+    yield "model", _model(config, task)
+    yield "tokeniser", _tokenizer(task)
+    yield "example", _example(config, task)
+    sets = prepare_sets(config, task=task)
+    for name, prepared in sets.items():
+        yield name, _rows(name, prepared)
+    yield "steps", _steps(config, sets["train"])
+
+
+def _model(config: RunConfig, task: TranslationTask) -> str:
+    model = load_model(config.model, config.seed, device="meta")
+    origin = "the weights fit config.json" if config.model.path else f"random weights from seed {config.seed}"
+    return f"{model_source(config)}: {task.family.name}, {model.num_parameters():,} parameters, {origin}"
+
+
+def _tokenizer(task: TranslationTask) -> str:
+    languages = task.family.languages(task.tokenizer)
+    known = f"{len(languages)} language tags" if task.family.has_languages else "no language tags"
+    return f"{type(task.tokenizer).__name__}: {len(task.tokenizer):,} tokens, {known}"
+
+
+def _example(config: RunConfig, task: TranslationTask) -> str:
+    rows = (row for source in config.data.train for row in read_rows(source, config.data))
+    row = next((row for row in rows if isinstance(row, Row) and row.source.strip() and row.target.strip()), None)
+    return "no row can be read" if row is None else f"{row.where}\n{task.show(row)}"
+
+
+def _rows(name: str, prepared: Prepared) -> str:
+    report = prepared.report
+    lines = [report.summary()]
+    if name == "train":
+        if report.num_left_out:
+            lines.append(f"they are listed in {prepared.quarantine}")
+        if report.leaked:
+            lines.append(
+                f"{report.leaked:,} have a source that also stands in validation or test (data.cleaning.drop_leaked)"
+            )
+    elif report.truncated:
+        lines.append(f"{report.truncated:,} are longer than the limits of data.max_source_length or max_target_length")
+    return "\n".join(lines)
+
+
+def _steps(config: RunConfig, train: Prepared) -> str:
+    steps = TrainingSteps(train.rows, data=config.data, batch=config.batch, seed=config.seed, world_size=1)
+    per_epoch = steps.steps_per_epoch
+    total = config.schedule.steps or max(1, round((config.schedule.epochs or 0) * per_epoch))
+    return f"{per_epoch:,} per epoch, {total:,} in all ({total / per_epoch:.1f} epochs)"

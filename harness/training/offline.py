@@ -1,0 +1,207 @@
+"""A trained model outside of its run: opened from a model or run directory, scored on a file, made to translate.
+
+python -m harness.training.offline SCRATCH     one of several ranks that `score` has started
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from harness.config.schema import DataSource, EvaluationConfig, RunConfig
+from harness.data.cache import load_rows, prepare_rows
+from harness.data.sources import as_source
+from harness.decoding.beam import BeamSettings
+from harness.engine.processes import Processes, find_device, find_store, join, leave
+from harness.errors import ConfigError, DataError, ExitCode, HarnessError
+from harness.evaluation.evaluate import evaluate
+from harness.evaluation.translate import Translator
+from harness.io.atomic import read_json, write_json
+from harness.launch.environment import RankEnvironment, local_ranks, read_rank_environment
+from harness.launch.supervisor import supervise
+from harness.models.load import load_model, model_directory, tokenizer_fingerprint
+from harness.models.screen import screen_model_directory
+from harness.plan.parameters import position_limit
+from harness.plan.plan import Plan
+from harness.training.prepare import build_task, evaluation_sources, model_source
+from harness.training.rank import record_and_exit
+
+DEFAULT_MAX_TOKENS = 4096
+DEFAULT_MAX_LENGTH = 256
+OPTIONS = {  # key of the run file -> option of the commands
+    "data.source_language": "--source-language",
+    "data.target_language": "--target-language",
+    "evaluation.max_target_length": "--max-length",
+}
+Sections = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What MODEL_OR_RUN names: `config.model.path` is the model, the rest of `config` are the settings to use.
+
+    `run_dir` and `step` are None for a model that is no run's.
+    """
+
+    name: str
+    config: RunConfig
+    run_dir: Path | None = None
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A set to be scored, as the ranks are told."""
+
+    config: RunConfig
+    rows: str
+    directory: str
+    num_rows: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "config": self.config.model_dump(mode="json")}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Job:
+        return cls(**{**content, "config": RunConfig.model_validate(content["config"])})
+
+
+def open_subject(model_or_run: str, changes: Sections) -> Subject:
+    """The model of a run with the run's settings, or any other model with defaults; `changes` as in `with_changes`."""
+    run_dir = Path(model_or_run)
+    if not (run_dir / "plan.json").is_file():
+        return Subject(Path(model_or_run).name, with_changes(_default_config(model_or_run), changes))
+    export, summary = run_dir / "export", run_dir / "summary.json"
+    if not export.is_dir() or not summary.is_file():
+        hint = f"wait for its end, or write a checkpoint as a model: harness export {run_dir} DIRECTORY"
+        raise DataError("the run has not come to its end: it has no exported model yet", where=str(run_dir), hint=hint)
+    config = Plan.from_json(read_json(run_dir / "plan.json")).config
+    model = {"path": str(export), "config": None, "gradient_checkpointing": False}
+    config = with_changes(with_changes(config, {"model": model}), changes)
+    return Subject(run_dir.resolve().name, config, run_dir, int(read_json(summary)["exported_step"]))
+
+
+def with_changes(config: RunConfig, changes: Sections) -> RunConfig:
+    """`config` with {section: {key: value}} put over it; a value of None in an option changes nothing."""
+    content = config.model_dump(mode="json")
+    content["evaluation"] = content["evaluation"] or EvaluationConfig().model_dump(mode="json")
+    for section, values in changes.items():
+        content[section] |= values
+    return RunConfig.model_validate(content)
+
+
+def named_set(subject: Subject) -> tuple[str, DataSource, int | None]:
+    """(name, file, number of rows scored) of the run's test set, else of its validation set."""
+    sources = evaluation_sources(subject.config) if subject.run_dir else {}
+    for name in ("test", "validation"):
+        if name in sources:
+            assert subject.config.evaluation is not None
+            return name, sources[name], subject.config.evaluation.max_rows if name == "validation" else None
+    what = "the run has neither a test nor a validation set" if subject.run_dir else "there is nothing to score"
+    raise ConfigError(what, where=subject.name, hint="name a file: --data FILE")
+
+
+def score(
+    subject: Subject, name: str, source: DataSource | str, directory: Path, *, num_rows: int | None, processes: int
+) -> ExitCode:
+    """Decode and score a set on `processes` ranks of this machine, and write the evaluation to `directory`."""
+    config = subject.config
+    with tempfile.TemporaryDirectory(prefix="harness-evaluate-") as scratch, languages_named_as_options():
+        prepared = prepare_rows(
+            name, [as_source(source)], config.data,
+            encode=build_task(config).encode, tokenizer_fingerprint=tokenizer_fingerprint(model_source(config)),
+            cache_root=Path(scratch) / "rows", is_training=False,
+        )  # fmt: skip
+        job = Job(config, str(prepared.rows.directory), str(directory.absolute()), num_rows)
+        if processes == 1:
+            score_on_rank(job, Processes(0, 0, 1, find_device(0), dist.HashStore()))
+            return ExitCode.DONE
+        write_json(Path(scratch) / "job.json", job.to_json())
+        command = [sys.executable, "-m", "harness.training.offline", scratch]
+        return supervise(command, local_ranks(processes), run_dir=Path(scratch))
+
+
+def score_on_rank(job: Job, processes: Processes) -> None:
+    """This rank's share of a job; rank 0 writes the evaluation."""
+    model = load_for_inference(job.config, processes.device)
+    task, rows = build_task(job.config), load_rows(Path(job.rows))
+    result = evaluate(model, rows, task, processes, config=job.config, num_rows=job.num_rows)
+    if processes.is_first:
+        result.write(Path(job.directory))
+
+
+def load_for_inference(config: RunConfig, device: torch.device) -> Any:
+    """The model in `model.dtype`, the type in which a run evaluates."""
+    return load_model(config.model, config.seed).to(getattr(torch, config.model.dtype)).to(device).eval()
+
+
+def open_translator(config: RunConfig, num_hypotheses: int) -> Translator:
+    """Everything to translate lines with the languages of `config.data`. Raises DataError for a missing language."""
+    options, device = config.evaluation, find_device(0)
+    assert options is not None
+    settings = BeamSettings(
+        options.beam_size, options.length_penalty, options.max_target_length or config.data.max_target_length,
+        num_hypotheses,
+    )  # fmt: skip
+    with languages_named_as_options():
+        task = build_task(config)
+        if task.family.has_languages:
+            task.family.language_id(task.tokenizer, config.data.source_language, "source")
+            task.family.language_id(task.tokenizer, config.data.target_language, "target")
+    max_tokens = options.max_tokens_per_device or config.batch.max_tokens_per_device
+    return Translator(load_for_inference(config, device), task, settings, max_tokens, device)
+
+
+@contextmanager
+def languages_named_as_options() -> Iterator[None]:
+    """An error that names a key of the run file names the command's option instead."""
+    try:
+        yield
+    except HarnessError as error:
+        if error.where in OPTIONS:
+            hint = error.hint.replace(f"{error.where}=", f"{OPTIONS[error.where]} ")
+            raise type(error)(error.what, where=OPTIONS[error.where], hint=hint) from error
+        raise
+
+
+def _default_config(model: str) -> RunConfig:
+    """A run file of defaults around a model; its training part is never read."""
+    content = screen_model_directory(model_directory(model), weights=True)
+    length = min(DEFAULT_MAX_LENGTH, position_limit(content) or DEFAULT_MAX_LENGTH)
+    dtype = str(content.get("dtype") or content.get("torch_dtype") or "float32")
+    if dtype != "bfloat16" and not (dtype == "float16" and torch.cuda.is_available()):
+        dtype = "float32"
+    return RunConfig.model_validate({
+        "name": "offline",
+        "model": {"path": model, "dtype": dtype},
+        "data": {"train": [{"path": ""}], "max_source_length": length, "max_target_length": length},
+        "batch": {"tokens_per_step": DEFAULT_MAX_TOKENS, "max_tokens_per_device": DEFAULT_MAX_TOKENS},
+        "optimizer": {"lr": 1.0},
+        "schedule": {"steps": 1},
+    })  # fmt: skip
+
+
+def main(scratch: Path, environment: RankEnvironment) -> None:
+    job = Job.from_json(read_json(scratch / "job.json"))
+    rank, local_rank, world_size = environment.rank, environment.local_rank, environment.world_size
+    store = find_store(rank=rank, world_size=world_size, store_path=environment.store_path)
+    processes = Processes(rank, local_rank, world_size, find_device(local_rank), store)
+    join(processes, timeout_s=job.config.launch.collective_timeout_s)
+    score_on_rank(job, processes)
+    leave()
+
+
+if __name__ == "__main__":
+    place = read_rank_environment()
+    try:
+        main(Path(sys.argv[1]), place)
+    except BaseException as error:
+        record_and_exit(error, Path(sys.argv[1]), place.rank)
