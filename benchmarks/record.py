@@ -16,7 +16,11 @@ RESULTS = Path(__file__).parent / "results"
 def write_result(name: str, command: str, values: dict[str, Any]) -> None:
     """Write benchmarks/results/<name>.json and print the figures."""
     environment = describe_environment()
-    machine = {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "accelerator": environment["accelerator"]}
+    machine = {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "accelerator": environment["accelerator"],
+    }
     content = {
         "command": command,
         "values": values,

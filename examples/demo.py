@@ -45,7 +45,8 @@ def main() -> None:
     harness("train", RUN_FILE)
     harness(
         "evaluate", BASE, "--data", TEST, "--source-language", "en_XX", "--target-language", "de_DE",
-        "--max-length", "128", "--processes", "2", "--output", str(BASE_SCORES),
+        "--max-length", "128", "--max-length-ratio", "1.5", "--max-tokens", "4096",
+        "--processes", "2", "--output", str(BASE_SCORES),
     )  # fmt: skip
     (tuned,) = RUN.glob("evaluations/step-*-test")
     show(BASE_SCORES, tuned)

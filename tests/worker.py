@@ -1,6 +1,6 @@
 """A rank that makes several short runs in one process group, so that tests pay for start-up once.
 
-    python tests/worker.py STORE RANK WORLD_SIZE RUN.yaml ...
+python tests/worker.py STORE RANK WORLD_SIZE RUN.yaml ...
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 SEED = 17
-DEV_PAGES = 55
-TEST_PAGES = 75
+DEV_PAGES = 20
+TEST_PAGES = 30
 HEADER = "page\tsource\ttarget"
 
 Row = tuple[str, str, str]

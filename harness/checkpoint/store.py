@@ -1,8 +1,8 @@
 """Checkpoint directories: nothing exists until it is committed.
 
-    checkpoints/step-00000500/   manifest.json: every file's size and sha256, the run's state, and its own sha256
-    checkpoints/latest           the name of the newest committed step, for people; manifests are the truth
-    checkpoints/.*.tmp           a save or a removal in progress; leftovers are removed at the next start
+checkpoints/step-00000500/   manifest.json: every file's size and sha256, the run's state, and its own sha256
+checkpoints/latest           the name of the newest committed step, for people; manifests are the truth
+checkpoints/.*.tmp           a save or a removal in progress; leftovers are removed at the next start
 """
 
 from __future__ import annotations

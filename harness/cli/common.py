@@ -43,6 +43,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length-penalty", type=float, metavar="A", help="exponent of the length (default 1.0)")
     parser.add_argument("--max-length", type=positive, metavar="N", help="longest output in tokens (default 256)")
     parser.add_argument(
+        "--max-length-ratio", type=float, metavar="R", help="longest output as a multiple of its own source, plus 10"
+    )
+    parser.add_argument(
         "--max-tokens", type=positive, metavar="N", help="batch: rows x beams x longest source (default 4096)"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="compute type (default: that of the stored model)")
@@ -58,6 +61,7 @@ def model_changes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             "beam_size": args.beam_size,
             "length_penalty": args.length_penalty,
             "max_target_length": args.max_length,
+            "max_length_ratio": args.max_length_ratio,
             "max_tokens_per_device": args.max_tokens,
         },
     }

@@ -64,12 +64,13 @@ UNSUPPORTED_ZERO: dict[str, str] = {
     "cpu_offload_param": 'write "offload_param": {"device": "cpu"}',
     "cpu_offload_use_pin_memory": 'write "pin_memory" inside "offload_optimizer" and "offload_param"',
     "zenflow": "ZenFlow changes the optimizer's arithmetic and is not supported",
+    "compute_grad_norm": "every step is guarded by its gradient norm: remove it",
     "elastic_checkpoint": "harness writes its own checkpoints, which fit any number of ranks",
 }
 
 ZERO: frozenset[str] = frozenset(
     {
-        "stage", "allgather_bucket_size", "allgather_partitions", "compute_grad_norm", "contiguous_gradients",
+        "stage", "allgather_bucket_size", "allgather_partitions", "contiguous_gradients",
         "enable_sanity_checks", "ignore_unused_parameters", "leaf_module", "legacy_stage1", "load_from_fp32_weights",
         "log_trace_cache_warnings", "memory_efficient_linear", "offload_optimizer", "offload_param", "overlap_comm",
         "override_module_apply", "parameter_alignment", "pipeline_loading_checkpoint", "reduce_bucket_size",

@@ -108,6 +108,9 @@ class EvaluationConfig(Section):
     length_penalty: float = Field(1.0, description="Exponent of the length in the hypothesis score.")
     preset: Literal["hf"] = Field("hf", description="Convention of the hypothesis score.")
     max_target_length: int | None = Field(None, gt=1, description="Longest output; default `data.max_target_length`.")
+    max_length_ratio: float | None = Field(
+        None, gt=0.0, description="Longest output as a multiple of the row's own source in tokens, plus 10."
+    )
     max_tokens_per_device: int | None = Field(
         None, gt=0, description="Decoding batch: rows x beams x longest source; default `batch.max_tokens_per_device`."
     )

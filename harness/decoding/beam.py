@@ -18,16 +18,22 @@ from torch import Tensor
 SCORE_FORMULA = "sum log p / T^length_penalty; T counts every output token: forced language tag and </s> included"
 
 
+EXTRA_LENGTH = 10  # tokens that `max_length_ratio` allows beyond the multiple of the source
+
+
 @dataclass(frozen=True)
 class BeamSettings:
     """How to search. `max_length` is the longest output in tokens (forced tag and </s> counted, decoder start not).
 
-    `beam_size` 1 is greedy. The score of a hypothesis is SCORE_FORMULA; the `num_hypotheses` best are returned.
+    With `max_length_ratio` a row's output is also no longer than ratio x its own source + 10, whoever shares its batch:
+    </s> is forced there. `beam_size` 1 is greedy. The score of a hypothesis is SCORE_FORMULA; the `num_hypotheses` best
+    are returned.
     """
 
     beam_size: int
     length_penalty: float
     max_length: int
+    max_length_ratio: float | None = None
     num_hypotheses: int = 1
 
     def __post_init__(self) -> None:
@@ -91,7 +97,10 @@ def beam_search(
     rank must make the same number of calls and goes on with the others until the last one has finished.
     """
     pad, ends = model.config.pad_token_id, _as_list(model.config.eos_token_id)
-    constraints = _Constraints(pad, forced_first, settings.beam_size)
+    limits_B = None
+    if settings.max_length_ratio is not None:
+        limits_B = (attention_mask_BS.sum(dim=1) * settings.max_length_ratio).long() + EXTRA_LENGTH
+    constraints = _Constraints(pad, ends[0], forced_first, limits_B, settings.beam_size)
     greedy = _GreedyScores(constraints, ends, settings.length_penalty) if settings.beam_size == 1 else None
     with _prepared(model, _generation_settings(model, decoder_start_B, settings)), _finished_beams(model) as scores:
         sequences = model.generate(
@@ -137,21 +146,34 @@ def _prepared(model: Any, settings: dict[str, Any]) -> Iterator[None]:
 
 
 class _Constraints:
-    """Logits processor: each row's first output token may be given (log p = 0), and padding is never an output.
+    """Logits processor: each row's first output token may be given (log p = 0), a row that has reached its own length
+    limit ends (log p of </s> = 0), and padding is never an output.
 
-    Marian needs the second: its padding embedding is also the decoder start and may win.
+    Marian needs the last: its padding embedding is also the decoder start and may win.
     """
 
-    def __init__(self, pad: int, forced_first: int | Sequence[int] | None, beam_size: int) -> None:
-        self.pad, self.beam_size = pad, beam_size
+    def __init__(
+        self, pad: int, eos: int, forced_first: int | Sequence[int] | None, limits_B: Tensor | None, beam_size: int
+    ) -> None:
+        self.pad, self.eos, self.limits_B, self.beam_size = pad, eos, limits_B, beam_size
         self.forced_first = None if forced_first is None else torch.as_tensor(forced_first)
 
     def __call__(self, tokens: Tensor, scores: Tensor) -> Tensor:
         if self.forced_first is None or tokens.shape[1] > 1:
-            return scores.index_fill(1, torch.tensor(self.pad, device=scores.device), -torch.inf)
+            allowed = scores.index_fill(1, torch.tensor(self.pad, device=scores.device), -torch.inf)
+            is_last = self.is_last(tokens)
+            allowed[is_last] = -torch.inf
+            allowed[is_last, self.eos] = 0.0
+            return allowed
         rows = self.forced_first.to(scores.device).expand(len(scores) // self.beam_size)
         first = rows.repeat_interleave(self.beam_size).unsqueeze(1)
         return torch.full_like(scores, -torch.inf).scatter_(1, first, 0.0)
+
+    def is_last(self, tokens: Tensor) -> Tensor:
+        """Which of the B x beams running outputs must end now."""
+        if self.limits_B is None:
+            return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        return (tokens.shape[1] >= self.limits_B).repeat_interleave(self.beam_size)
 
 
 class _GreedyScores:
@@ -163,8 +185,10 @@ class _GreedyScores:
     def __call__(self, tokens: Tensor, scores: Tensor) -> Tensor:
         allowed = self.constraints(tokens, scores)
         is_first = tokens.shape[1] == 1
-        is_forced = is_first and self.constraints.forced_first is not None
-        log_p_B = allowed.amax(-1) - (allowed if is_forced else scores).logsumexp(-1)
+        log_p_B = allowed.amax(-1) - scores.logsumexp(-1)
+        if is_first and self.constraints.forced_first is not None:
+            log_p_B = torch.zeros_like(log_p_B)
+        log_p_B = log_p_B.masked_fill(self.constraints.is_last(tokens), 0.0)
         if is_first:
             self.sum_B, self.length_B, self.open_B = log_p_B, torch.ones_like(log_p_B), torch.ones_like(log_p_B)
         else:

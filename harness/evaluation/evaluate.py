@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.config.schema import LossConfig, RunConfig
+from harness.config.schema import EvaluationConfig, LossConfig, RunConfig
 from harness.data.batches import cut_step
 from harness.data.encoded import EncodedRows
 from harness.decoding.beam import BeamSettings, beam_search, deal, decoding_batches
@@ -45,6 +45,17 @@ class Evaluation:
     def write(self, directory: Path) -> None:
         """The files of docs/evaluation.md. Raises OSError, or HarnessError if `directory` holds something else."""
         write_evaluation(directory, **vars(self))
+
+
+def beam_settings(options: EvaluationConfig, max_target_length: int, num_hypotheses: int = 1) -> BeamSettings:
+    """The search that `evaluation:` asks for; `max_target_length` is the limit where it names none."""
+    return BeamSettings(
+        options.beam_size,
+        options.length_penalty,
+        options.max_target_length or max_target_length,
+        options.max_length_ratio,
+        num_hypotheses,
+    )
 
 
 def decode_rows(
@@ -130,9 +141,7 @@ def evaluate(
     options = config.evaluation
     assert options is not None
     max_tokens = options.max_tokens_per_device or config.batch.max_tokens_per_device
-    settings = BeamSettings(
-        options.beam_size, options.length_penalty, options.max_target_length or config.data.max_target_length
-    )
+    settings = beam_settings(options, config.data.max_target_length)
     losses = measure_loss(
         model, rows, task, processes, loss=config.loss, max_tokens=config.batch.max_tokens_per_device, num_rows=num_rows
     )

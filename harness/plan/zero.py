@@ -45,15 +45,13 @@ def model_states(shapes: Shapes, *, deepspeed: dict[str, Any], dtype: str, optim
     memory: Memory = {"device": {}, "host": {}, "nvme": {}}
 
     memory[weights_place]["weights"] = width * (share if stage == 3 else parameters)
-    sum_width = _FLOAT32_BYTES if _sums_in_float32(deepspeed) else width
-    if optimizer_place == "device":
-        memory["device"]["gradients"] = sum_width * share if stage >= 2 else width * parameters
-        if stage == 1 and sum_width > width:  # beside the gradients of the micro-batch
-            memory["device"]["gradients"] += sum_width * parameters
-    else:  # ZeRO-Offload: the owned part is collected in float32 beside the optimizer
+    gradients = width * (share if stage >= 2 else parameters)
+    if _sums_in_float32(deepspeed):  # stage 1: beside those of the micro-batch
+        gradients = _FLOAT32_BYTES * share if stage >= 2 else gradients + _FLOAT32_BYTES * parameters
+    if optimizer_place == "device" or stage == 1:
+        memory["device"]["gradients"] = gradients
+    if optimizer_place != "device":  # ZeRO-Offload: the owned part is collected in float32 beside the optimizer
         memory["host"]["gradients"] = _FLOAT32_BYTES * share
-        if stage == 1:
-            memory["device"]["gradients"] = width * parameters
     if stage > 0 or width < _FLOAT32_BYTES:
         memory[optimizer_place]["master_weights"] = _FLOAT32_BYTES * (share if stage else parameters)
     states = _FLOAT32_BYTES * num_state_values(shapes, optimizer)

@@ -19,10 +19,9 @@ import torch.distributed as dist
 from harness.config.schema import DataSource, EvaluationConfig, RunConfig
 from harness.data.cache import load_rows, prepare_rows
 from harness.data.sources import as_source
-from harness.decoding.beam import BeamSettings
 from harness.engine.processes import Processes, find_device, find_store, join, leave
 from harness.errors import ConfigError, DataError, ExitCode, HarnessError
-from harness.evaluation.evaluate import evaluate
+from harness.evaluation.evaluate import beam_settings, evaluate
 from harness.evaluation.translate import Translator
 from harness.io.atomic import read_json, write_json
 from harness.launch.environment import RankEnvironment, local_ranks, read_rank_environment
@@ -147,10 +146,7 @@ def open_translator(config: RunConfig, num_hypotheses: int) -> Translator:
     """Everything to translate lines with the languages of `config.data`. Raises DataError for a missing language."""
     options, device = config.evaluation, find_device(0)
     assert options is not None
-    settings = BeamSettings(
-        options.beam_size, options.length_penalty, options.max_target_length or config.data.max_target_length,
-        num_hypotheses,
-    )  # fmt: skip
+    settings = beam_settings(options, config.data.max_target_length, num_hypotheses)
     with languages_named_as_options():
         task = build_task(config)
         if task.family.has_languages:

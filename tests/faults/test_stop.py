@@ -19,8 +19,10 @@ import psutil
 import pytest
 
 from harness.checkpoint.store import CheckpointStore
+from harness.cli.main import main
 from harness.errors import ExitCode
 from harness.io.atomic import read_json, sha256_file
+from harness.launch.run_directory import owner
 from harness.training.metrics_file import read_metrics
 from tests.pairs import PAIRS
 from tests.runs import REPOSITORY, harness, same_state, tiny_run, write_pairs, write_run
@@ -152,9 +154,7 @@ def send(number: signal.Signals) -> Callable[[subprocess.Popen[str], StoppedRun]
 
 
 def harness_stop(process: subprocess.Popen[str], stopped: StoppedRun) -> None:
-    asked = harness("stop", str(stopped.run_dir))
-    assert asked.returncode == 0, asked.stderr
-    assert f"asked pid {process.pid}" in asked.stdout
+    assert main(["stop", str(stopped.run_dir)]) == 0
 
 
 @pytest.mark.parametrize("ask", [send(signal.SIGTERM), send(signal.SIGINT), harness_stop], ids=["TERM", "INT", "stop"])
@@ -177,9 +177,24 @@ def test_one_rank_alone(stopped: StoppedRun) -> None:
 
 
 def test_during_a_save(stopped: StoppedRun) -> None:
-    due = (stopped.saved_step() // SAVE_EVERY + 1) * SAVE_EVERY
+    before = stopped.saved_step()
     stopped.end(stopped.start("checkpoint.after_shard:1:SIGINT", rank=1))
-    assert stopped.store.steps()[-2:] == [due, due + 1]
+    due, saved = stopped.store.steps()[-2:]
+    assert before < due == saved - 1
+    assert due % SAVE_EVERY == 0 or due % EVALUATE_EVERY == 0
+
+
+def test_before_the_ranks_train(stopped: StoppedRun) -> None:
+    """The request outlives the start-up, in which that of an earlier start is forgotten."""
+    before = stopped.store.steps()
+    process = stopped.start()
+    while str(process.pid) not in (owner(stopped.run_dir) or ""):
+        time.sleep(0.01)
+    asked = harness("stop", str(stopped.run_dir))
+    assert asked.returncode == 0, asked.stderr
+    assert f"asked pid {process.pid}" in asked.stdout
+    stopped.end(process)
+    assert stopped.store.steps() == before
 
 
 def test_during_an_evaluation(stopped: StoppedRun) -> None:

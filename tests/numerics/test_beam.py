@@ -258,3 +258,18 @@ def test_two_ranks_of_zero3_find_what_one_process_finds(tmp_path):
     assert not set(by_rank[0]) & set(by_rank[1])
     whole = search(make_model("mbart"), "mbart", make_batch(rows=11), ZERO3_SETTINGS)
     assert by_rank[0] | by_rank[1] == {str(row): one.token_ids for row, [one] in enumerate(whole)}
+
+
+@pytest.mark.parametrize("beam_size", [1, 4])
+def test_a_row_ends_at_a_multiple_of_its_own_source(beam_size):
+    model = make_model("mbart")
+    model.final_logits_bias[0, EOS] = -100.0  # never ends by itself
+    batch = make_batch()
+    settings = BeamSettings(beam_size, 1.0, max_length=40, max_length_ratio=0.5)
+    found = search(model, "mbart", batch, settings)
+    limits = [int(0.5 * length) + 10 for length in batch[1].sum(dim=1).tolist()]
+    assert len(set(limits)) > 1
+    assert [len(row[0].token_ids) for row in found] == [limit - 1 for limit in limits]  # </s> counts
+    alone = [search(model, "mbart", [part[i : i + 1] for part in batch], settings)[0][0] for i in range(ROWS)]
+    assert [row[0].token_ids for row in found] == [one.token_ids for one in alone]
+    assert [row[0].score for row in found] == pytest.approx([one.score for one in alone], abs=1e-5)

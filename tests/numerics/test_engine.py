@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 from harness.checkpoint.state import CheckpointTensors
+from harness.cli.doctor import extensions_directory
 from harness.errors import ExitCode, NonFiniteError
 from tests.probed_worker import NAN_STEP
 from tests.runs import SHARD_ALL, harness, run_ranks, same_state, steps_of, tiny_run, write_run
@@ -32,6 +33,11 @@ RESUMED = ("zero2_offload", "zero3_offload", "bf16-zero0", "bf16-zero1", "bf16-z
 NUM_STEPS, NUM_BAD_STEPS = 8, 5
 BF16 = {"model__dtype": "bfloat16"}
 ROUGH_SUMS = {"data_types": {"grad_accum_dtype": "bf16"}}
+SETTINGS: dict[str, Any] = {
+    "batch__max_tokens_per_device": 60,
+    "optimizer__clip_norm": 0.5,
+    "schedule": {"name": "constant", "warmup_steps": 2, "steps": NUM_STEPS},
+}
 Runs = dict[str, dict[str, Any]]
 
 
@@ -83,16 +89,12 @@ def runs(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     for name, layout, changes in wanted_runs():
         run = tiny_run(
             directory, tiny_models["mbart"], name=name,
-            **{"deepspeed": deepspeed_section(layout), "batch__max_tokens_per_device": 60, "optimizer__clip_norm": 0.5,
-               "schedule": {"name": "constant", "warmup_steps": 2, "steps": NUM_STEPS}, **changes},
+            **{**SETTINGS, "deepspeed": deepspeed_section(layout), **changes},
         )  # fmt: skip
         if name.startswith("random"):
             run["model"]["config"] = str(tiny_models["mbart"])
         if name.startswith("roughly"):
-            run["deepspeed"]["overrides"] = {
-                **run["deepspeed"]["overrides"],
-                "data_types": {"grad_accum_dtype": "bf16"},
-            }
+            run["deepspeed"]["overrides"] = run["deepspeed"]["overrides"] | ROUGH_SUMS
         found[name] = run
     once_more = [run for name, run in found.items() if name.startswith("stopped")]
     run_ranks([*found.values(), *once_more], world_size=2, worker=WORKER, timeout_s=1700)

@@ -32,4 +32,6 @@ def test_loss_gradient_and_rows_do_not_depend_on_the_layout(tiny_models: dict[st
         steps = steps_of(run)
         assert [step["row_digest"] for step in steps] == [step["row_digest"] for step in reference]
         for key in ("loss", "nll", "grad_norm"):
-            assert [step[key] for step in steps] == pytest.approx([step[key] for step in reference], rel=1e-5), run["name"]
+            assert [step[key] for step in steps] == pytest.approx([step[key] for step in reference], rel=1e-5), run[
+                "name"
+            ]

@@ -122,6 +122,14 @@ def test_float32_memory() -> None:
     assert total(states(1, "float32", 4)) == 8 * P + 12 * P // 4
 
 
+def test_bfloat16_gradients_summed_in_float32() -> None:
+    """The default: 4 P more at stage 1 (the sums), 4 P / N in place of 2 P / N from stage 2 on."""
+    for stage, num_bytes in ((1, 2 * P + 4 * P), (2, 4 * P // 4), (3, 4 * P // 4)):
+        deepspeed = {"zero_optimization": {"stage": stage}, "data_types": {"grad_accum_dtype": "fp32"}}
+        memory = model_states(SHAPES, deepspeed=deepspeed, dtype="bfloat16", optimizer="adamw", world_size=4)
+        assert memory["device"]["gradients"] == num_bytes
+
+
 def test_offload_moves_states_off_the_device() -> None:
     offloaded = states(2, "bfloat16", 4, optimizer_on="cpu")
     assert offloaded["device"] == {"weights": 2 * P}
