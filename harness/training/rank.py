@@ -11,12 +11,14 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
 from harness.errors import ExitCode, HarnessError
+from harness.io.accelerator import accelerator
 from harness.io.atomic import read_json, write_json
 from harness.io.faults import fault_point
 from harness.launch.environment import STORE_VARIABLE, RankEnvironment, read_rank_environment
@@ -43,7 +45,8 @@ def main_from_run_file(argv: Sequence[str]) -> int:
         plan = plan_run(Path(argv[0]), argv[1:], world_size=environment.world_size)
         result = completed(plan)
     except HarnessError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if result is not None:
         if environment.rank == 0:
@@ -101,6 +104,8 @@ def _run_or_exit(plan: Plan, environment: RankEnvironment, prepare_directory: Ca
     stop = StopRequest(Path(plan.run_dir))
     stop.listen()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DS_ACCELERATOR", accelerator())  # else DeepSpeed guesses, and says so at length
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
         run_rank(plan, environment, stop, prepare_directory)
     except BaseException as error:
