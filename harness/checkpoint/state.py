@@ -235,11 +235,11 @@ def _batched(holders: list[Holder], max_numel: int = 1 << 28) -> list[list[Holde
     batches: list[list[Holder]] = []
     room = 0
     for holder in holders:
-        if holder.tensor.numel() > room:
+        if not batches or holder.numel > room:
             batches.append([])
             room = max_numel
         batches[-1].append(holder)
-        room -= holder.tensor.numel()
+        room -= holder.numel
     return batches
 
 

@@ -38,6 +38,11 @@ class Holder:
     pieces: list[Piece]
     resident: Callable[[bool], AbstractContextManager[None]] = lambda write: nullcontext()
 
+    @property
+    def numel(self) -> int:
+        """Elements of parameters in it, whether it is in memory or not."""
+        return sum(piece.numel for piece in self.pieces)
+
     def moments(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """The optimizer's tensors of this holder without its step count; empty before the first step."""
         state = optimizer.state.get(self.tensor, {})

@@ -109,6 +109,7 @@ def join(processes: Processes, *, timeout_s: float) -> None:
     os.environ.setdefault("LOCAL_RANK", str(processes.local_rank))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
+    os.environ.setdefault("DS_ACCELERATOR", processes.device.type)  # else DeepSpeed guesses, and says so at length
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

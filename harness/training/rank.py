@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from harness.errors import ExitCode, HarnessError
-from harness.io.accelerator import accelerator
 from harness.io.atomic import read_json, write_json
 from harness.io.faults import fault_point
 from harness.launch.environment import STORE_VARIABLE, RankEnvironment, read_rank_environment
@@ -104,7 +103,6 @@ def _run_or_exit(plan: Plan, environment: RankEnvironment, prepare_directory: Ca
     stop = StopRequest(Path(plan.run_dir))
     stop.listen()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("DS_ACCELERATOR", accelerator())  # else DeepSpeed guesses, and says so at length
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
         run_rank(plan, environment, stop, prepare_directory)

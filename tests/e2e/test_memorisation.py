@@ -18,8 +18,8 @@ from tests.runs import tiny_run, write_pairs, write_run
 from tests.tiny import LANGUAGES, make_tiny_model
 
 TWENTY = PAIRS[:20]
-STEPS = 120
-LEARNING_RATES = {"t5": 1e-2}  # T5 starts with small logits and learns slowly at the others' 3e-3
+STEPS = 160
+LEARNING_RATES = {"t5": 4e-3}  # at 6e-3 T5, which has relative positions only, stays unsure about doubled letters
 
 
 @pytest.mark.slow

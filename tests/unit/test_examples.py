@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from harness.cli.main import main
 from harness.config.load import load_run_config
-from harness.config.schema import DataSource, RunConfig
+from harness.config.schema import DataConfig, DataSource, RunConfig
 from harness.models.tokenizer import MBART50_CODES, MBART_CODES, NLLB_CODES
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -149,7 +149,7 @@ def test_the_published_parameter_count_is_that_of_the_real_modules(name: str) ->
 def test_the_languages_are_the_models(name: str) -> None:
     known = REAL_SIZES[name].languages
     config = load_run_config(EXAMPLES / f"{name}.yaml", [], accelerator="cuda")
-    places = [config.data, *sources_of(config)]
+    places: list[DataConfig | DataSource] = [config.data, *sources_of(config)]
     named = {code for place in places for code in (place.source_language, place.target_language) if code}
     assert named <= known
     assert bool(named) == bool(known)

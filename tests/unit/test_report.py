@@ -70,7 +70,13 @@ def test_scores_json_has_values_signatures_and_conditions(tmp_path):
     assert summary["signatures"] == scores.signatures
     assert (summary["sentences"], summary["decode_seconds"]) == (5, 2.5)
     assert (summary["loss"], summary["nll"]) == (3.5, 1.25)
-    assert summary["beam"] == {"beam_size": 5, "length_penalty": 0.8, "max_length": 100, "num_hypotheses": 1}
+    assert summary["beam"] == {
+        "beam_size": 5,
+        "length_penalty": 0.8,
+        "max_length": 100,
+        "max_length_ratio": None,
+        "num_hypotheses": 1,
+    }
     assert "length_penalty" in summary["hypothesis_score"]
 
 
