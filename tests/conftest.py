@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
+# A shell that starts pytest in the background leaves SIGINT ignored, and ranks would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.update(DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
 FAMILIES = ("mbart", "mbart50", "nllb", "marian", "t5")

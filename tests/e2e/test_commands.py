@@ -102,7 +102,7 @@ class TestEvaluate:
         assert command("evaluate", trained.dir, "--beam-size", 1, "--max-length", 9) == 0
         directory = trained.test_dir.with_name(f"{trained.test_dir.name}-beam1")
         assert scores_of(directory)["beam"] == {
-            "beam_size": 1, "length_penalty": 1.0, "max_length": 9, "num_hypotheses": 1,
+            "beam_size": 1, "length_penalty": 1.0, "max_length": 9, "max_length_ratio": None, "num_hypotheses": 1,
         }  # fmt: skip
         assert (trained.test_dir / "scores.json").read_bytes() == before
         assert str(directory) in capsys.readouterr().out

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.runs import harness, run_ranks, same_state, steps_of, tiny_run, write_run
+from tests.runs import SHARD_ALL, harness, run_ranks, same_state, steps_of, tiny_run, write_run
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +20,8 @@ NUM_STEPS = 10
 def run_of(directory: Path, model: Path, *, name: str, preset: str) -> dict[str, Any]:
     return tiny_run(
         directory, model, name=name,
-        deepspeed__preset=preset, model__dropout=0.1, schedule__steps=NUM_STEPS,
+        deepspeed={"preset": preset, "overrides": SHARD_ALL if preset == "zero3" else {}},
+        model__dropout=0.1, schedule__steps=NUM_STEPS,
         checkpoint__every_steps=2, checkpoint__keep_last=2, launch__processes=2,
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import run_ranks, steps_of, tiny_run
+from tests.runs import SHARD_ALL, run_ranks, steps_of, tiny_run
 
 LAYOUTS = [(preset, tokens) for preset in ("zero0", "zero1", "zero2", "zero3") for tokens in (100, 200, 400)]
 
@@ -17,7 +17,8 @@ def test_loss_gradient_and_rows_do_not_depend_on_the_layout(tiny_models: dict[st
         world_size: [
             tiny_run(
                 tmp_path, tiny_models["mbart"], name=f"w{world_size}-{preset}-{tokens}",
-                deepspeed__preset=preset, batch__max_tokens_per_device=tokens,
+                deepspeed={"preset": preset, "overrides": SHARD_ALL if preset == "zero3" else {}},
+                batch__max_tokens_per_device=tokens,
             )
             for preset, tokens in LAYOUTS
         ]
