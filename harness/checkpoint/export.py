@@ -48,6 +48,8 @@ def export_model(
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
+    for weights in temporary.glob("*.safetensors"):  # written readable by their owner alone
+        weights.chmod((temporary / "config.json").stat().st_mode)
     with torch.no_grad():
         expected = model(**fixed_batch).logits
         actual = reload(temporary).to(dtype).eval()(**fixed_batch).logits
