@@ -76,7 +76,8 @@ def accumulate(session: Session, batch: StepRows) -> StepSums:
     """
     engine, processes, task, loss = session.engine, session.processes, session.task, session.config.loss
     engine.train()
-    sums = [0.0] * 4
+    losses = torch.zeros(2, dtype=torch.float64, device=processes.device)  # read once, after the last micro-step
+    padded_tokens = tokens = 0
     for micro_step, parts in enumerate(batch.micro_batches):
         examples = task.collate(session.rows.train.take(parts[processes.rank]), processes.device)
         # Dropout follows from (seed, step, micro-batch), so a resumed run draws what the unbroken run drew.
@@ -88,14 +89,10 @@ def accumulate(session: Session, batch: StepRows) -> StepSums:
             logits_BTV, examples.labels_BT, epsilon=loss.label_smoothing, convention=loss.convention
         )
         engine.backward(terms.loss_sum * (processes.world_size / batch.target_tokens), scale_wrt_gas=False)
-        added: tuple[float | torch.Tensor, ...] = (
-            terms.loss_sum.detach(),
-            terms.nll_sum,
-            examples.num_padded_tokens,
-            examples.num_tokens,
-        )
-        sums = [total + float(value) for total, value in zip(sums, added, strict=True)]
-    return StepSums(*processes.sum([*sums, session.stop.wanted()]))
+        losses += torch.stack([terms.loss_sum.detach(), terms.nll_sum])
+        padded_tokens += examples.num_padded_tokens
+        tokens += examples.num_tokens
+    return StepSums(*processes.sum([*losses.tolist(), padded_tokens, tokens, session.stop.wanted()]))
 
 
 def dropout_seed(*parts: int) -> int:
