@@ -36,12 +36,19 @@ class EpochPlan:
 
 
 def plan_epoch(
-    sizes: IntArray, *, seed: int, epoch: int, tokens_per_step: int, rows: IntArray | None = None
+    sizes: IntArray,
+    *,
+    seed: int,
+    epoch: int,
+    tokens_per_step: int,
+    rows: IntArray | None = None,
+    similar_sizes: bool = True,
 ) -> EpochPlan:
     """Cut an epoch into global batches of rows of similar size, in random order.
 
     `sizes` [num_rows] is each row's longer side in tokens; `rows` are the row ids of this epoch (default: each once,
-    see `mixture_rows`). The sizes of a batch sum to at most `tokens_per_step`.
+    see `mixture_rows`). The sizes of a batch sum to at most `tokens_per_step`. Without `similar_sizes` a batch has rows
+    of all sizes: in packs, short rows fill what long ones leave.
     """
     rows = np.arange(len(sizes)) if rows is None else rows
     if len(rows) == 0:
@@ -52,10 +59,11 @@ def plan_epoch(
             hint=f"raise batch.tokens_per_step to at least {longest} or lower data.max_*_length",
         )
     rows = rows[_generator(seed, epoch, _ROW_STREAM).permutation(len(rows))]
-    pool = np.cumsum(sizes[rows], dtype=np.int64) // (tokens_per_step * POOL_STEPS)
-    # Odd pools run from long to short, so that lengths do not jump inside a batch that spans two pools.
-    key = np.where(pool % 2 == 0, sizes[rows], -sizes[rows].astype(np.int64))
-    rows = rows[np.lexsort((key, pool))]
+    if similar_sizes:
+        pool = np.cumsum(sizes[rows], dtype=np.int64) // (tokens_per_step * POOL_STEPS)
+        # Odd pools run from long to short, so that lengths do not jump inside a batch that spans two pools.
+        key = np.where(pool % 2 == 0, sizes[rows], -sizes[rows].astype(np.int64))
+        rows = rows[np.lexsort((key, pool))]
     starts = _cut_greedily(np.cumsum(sizes[rows], dtype=np.int64), tokens_per_step)
     return _shuffle_batches(rows, starts, _generator(seed, epoch, _STEP_STREAM))
 
@@ -83,33 +91,55 @@ def mixture_rows(
     return np.concatenate(drawn)
 
 
+def pack(row_ids: IntArray, sizes: IntArray, capacity: int) -> list[IntArray]:
+    """Row ids in packs whose sizes sum to at most `capacity`: first-fit decreasing. Needs sizes[row_ids] <= capacity.
+
+    No row fits in a pack before its own, so next-fit over the rows of some of the packs, in this order, finds the same
+    packs again: a micro-batch need not say where its packs end.
+    """
+    rows = row_ids[np.argsort(-sizes[row_ids].astype(np.int64), kind="stable")]
+    values, counts = np.unique(sizes[rows], return_counts=True)
+    room = np.full(len(rows), capacity, dtype=np.int64)  # of every pack, those not yet begun included
+    pack_of_row = []
+    for size, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        # First-fit of `count` equal rows: each pack in turn takes as many as it has room for.
+        with_room = np.flatnonzero(room >= size)[:count]
+        taken = np.diff(np.minimum(np.cumsum(room[with_room] // size), count), prepend=0)
+        room[with_room] -= taken * size
+        pack_of_row.append(np.repeat(with_room, taken))
+    packs = np.concatenate(pack_of_row)
+    order = np.argsort(packs, kind="stable")
+    return np.split(rows[order], np.flatnonzero(np.diff(packs[order])) + 1)
+
+
 def cut_step(
-    row_ids: IntArray, sizes: IntArray, *, max_tokens_per_device: int, world_size: int
+    row_ids: IntArray,
+    sizes: IntArray,
+    *,
+    max_tokens_per_device: int,
+    world_size: int,
+    capacity: int | None = None,
 ) -> list[list[IntArray]]:
     """Cut a global batch into micro-batches: result[micro_step][rank] holds row ids, empty for a rank short of rows.
 
     A micro-batch costs rows x longest row and stays within `max_tokens_per_device`; every rank gets the same number of
     micro-steps, as few as possible, and the limit is then lowered as far as it goes so that ranks share evenly.
+    With a `capacity` the same is done with packs of rows (see `pack`) in place of rows.
     """
-    by_size = row_ids[np.argsort(sizes[row_ids], kind="stable")]
-    lengths = sizes[by_size]
-    if int(lengths[-1]) > max_tokens_per_device:
+    packs = None if capacity is None else pack(row_ids, sizes, capacity)
+    lengths = sizes[row_ids] if packs is None else np.array([sizes[rows].sum() for rows in packs])
+    by_length = np.argsort(lengths, kind="stable")
+    if (longest := int(lengths[by_length[-1]])) > max_tokens_per_device:
+        what = "row" if packs is None else "pack"
         raise DataError(
-            f"a row of {int(lengths[-1])} tokens does not fit batch.max_tokens_per_device={max_tokens_per_device}",
-            hint="raise batch.max_tokens_per_device or lower data.max_*_length",
+            f"a {what} of {longest} tokens does not fit batch.max_tokens_per_device={max_tokens_per_device}",
+            hint="raise batch.max_tokens_per_device or lower data.max_*length",
         )
-    cuts = _cut_padded(lengths, max_tokens_per_device)
-    num_micro_steps = -(-len(cuts) // world_size)
-    low, high = int(lengths[-1]), max_tokens_per_device
-    while low < high:
-        middle = (low + high) // 2
-        trial = _cut_padded(lengths, middle)
-        if len(trial) <= num_micro_steps * world_size:
-            high, cuts = middle, trial
-        else:
-            low = middle + 1
-    parts = np.split(by_size, cuts[1:])
-    parts += [by_size[:0]] * (num_micro_steps * world_size - len(parts))
+    cuts = _cut_evenly(lengths[by_length], max_tokens_per_device, world_size)
+    parts: list[IntArray] = []
+    for units in np.split(by_length, cuts[1:]):
+        parts.append(row_ids[units] if packs is None else np.concatenate([packs[unit] for unit in np.sort(units)]))
+    parts += [row_ids[:0]] * (-len(parts) % world_size)
     return [parts[i : i + world_size] for i in range(0, len(parts), world_size)]
 
 
@@ -135,6 +165,21 @@ def _cut_padded(ascending_lengths: IntArray, limit: int) -> list[int]:
         if (position - starts[-1] + 1) * length > limit:
             starts.append(position)
     return starts
+
+
+def _cut_evenly(ascending_lengths: IntArray, limit: int, world_size: int) -> list[int]:
+    """Starts of runs within `limit`, for as few micro-steps as possible; then the lowest limit with no more of them."""
+    cuts = _cut_padded(ascending_lengths, limit)
+    num_parts = -(-len(cuts) // world_size) * world_size
+    low, high = int(ascending_lengths[-1]), limit
+    while low < high:
+        middle = (low + high) // 2
+        trial = _cut_padded(ascending_lengths, middle)
+        if len(trial) <= num_parts:
+            high, cuts = middle, trial
+        else:
+            low = middle + 1
+    return cuts
 
 
 def _shuffle_batches(rows: IntArray, starts: IntArray, generator: np.random.Generator) -> EpochPlan:

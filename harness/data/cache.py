@@ -23,17 +23,17 @@ from harness.config.schema import DataConfig, DataSource
 from harness.data.clean import Cleaner, DataReport, bad_row
 from harness.data.encoded import Encoded, EncodedRows, RowWriter
 from harness.data.leakage import HeldOut
-from harness.data.rows import Row
-from harness.data.sources import existing_file, read_rows, readable_rows, source_files
+from harness.data.rows import BadRow, Row
+from harness.data.sources import existing_file, read_rows, readable_rows, source_files, unscorable
 from harness.errors import DataError, ResourceError
 from harness.io.atomic import fsync_directory, sha256_file, write_json
 
 __all__ = ["Encode", "Encoded", "EncodedRows", "Prepared", "cache_key", "load_rows", "prepare_rows", "write_reports"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ROWS_PER_BATCH = 4096
 QUARANTINE_FILE, REPORT_FILE = "quarantine.jsonl", "data_report.json"
-Encode = Callable[[list[Row]], list[Encoded]]
+Encode = Callable[[list[Row]], list[tuple[Row, Encoded] | BadRow]]
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,10 @@ def prepare_rows(
     data: DataConfig,
     *,
     encode: Encode,
-    tokenizer_fingerprint: str,
+    fingerprint: str,
     cache_root: Path,
     is_training: bool,
+    float_labels: bool = False,
     held_out: HeldOut = frozenset(),
     report_dir: Path | None = None,
 ) -> Prepared:
@@ -63,7 +64,7 @@ def prepare_rows(
     report and quarantine are still written to ``report_dir``. Raises DataError (unreadable, empty, too many rows left
     out) and ResourceError (disk full).
     """
-    key = cache_key(sources, data, tokenizer_fingerprint, is_training=is_training, held_out=held_out)
+    key = cache_key(sources, data, fingerprint, is_training=is_training, held_out=held_out)
     directory, building = cache_root / key, cache_root / f"{key}.building"
     cache_root.mkdir(parents=True, exist_ok=True)
     with _locked(cache_root / f"{key}.lock"), _disk_full_explained(cache_root):
@@ -72,8 +73,9 @@ def prepare_rows(
             building.mkdir()
             try:
                 with (building / QUARANTINE_FILE).open("w", encoding="utf-8", errors="backslashreplace") as quarantine:
-                    cleaner = Cleaner(name, data.cleaning, held_out, quarantine)
-                    _encode_sources(sources, data, encode, cleaner, building, is_training)
+                    cleaner = Cleaner(name, data.cleaning, data.format, held_out, quarantine)
+                    with RowWriter(building, with_texts=not is_training, float_labels=float_labels) as writer:
+                        _encode_sources(sources, data, encode, cleaner, writer, is_training)
                 _refuse_too_many(cleaner, building / QUARANTINE_FILE, report_dir)
                 _commit(building, directory)
             finally:
@@ -95,20 +97,20 @@ def write_reports(run_dir: Path, prepared: Iterable[Prepared]) -> None:
 def cache_key(
     sources: Sequence[DataSource],
     data: DataConfig,
-    tokenizer_fingerprint: str,
+    fingerprint: str,
     *,
     is_training: bool,
     held_out: HeldOut = frozenset(),
 ) -> str:
-    """64 hexadecimal digits over the files' bytes and names, the tokeniser and all settings that change a row."""
-    settings = {"max_source_length", "max_target_length", "source_prefix", "source_language", "target_language"}
+    """64 hexadecimal digits over the files' bytes and names, the task's fingerprint and all settings of a row."""
+    not_of_a_row = {"train", "validation", "test", "temperature", "packing", "cleaning"}
     parts = {
         "version": FORMAT_VERSION,
         "is_training": is_training,
-        "tokenizer": tokenizer_fingerprint,
+        "task": fingerprint,
         "files": [[(str(path), sha256_file(existing_file(path))) for path in source_files(one)] for one in sources],
         "languages": [(one.source_language, one.target_language) for one in sources],
-        "data": data.model_dump(include=settings | {"source_column", "target_column"}),
+        "data": data.model_dump(exclude=not_of_a_row),
         "cleaning": data.cleaning.model_dump() if is_training else None,
         "held_out": hashlib.sha256(b"".join(sorted(held_out))).hexdigest() if is_training else None,
     }
@@ -120,32 +122,45 @@ def _encode_sources(
     data: DataConfig,
     encode: Encode,
     cleaner: Cleaner,
-    directory: Path,
+    writer: RowWriter,
     is_training: bool,
 ) -> None:
-    with RowWriter(directory, with_texts=not is_training) as writer:
-        for index, source in enumerate(sources):
-            num_before = writer.num_rows
-            rows = cleaner.clean(read_rows(source, data)) if is_training else cleaner.count(readable_rows(source, data))
-            for batch in _batches(rows):
-                examples = list(zip(batch, encode(batch), strict=True))
-                if is_training:
-                    examples = _without_long_rows(examples, data, cleaner)
-                cleaner.report.truncated += sum(encoded.truncated for _, encoded in examples)
-                writer.write(examples, index)
-            cleaner.report.rows_per_source.append(writer.num_rows - num_before)
-        cleaner.report.rows_kept = writer.num_rows
-        writer.finish(cleaner.report.to_json())
+    for index, source in enumerate(sources):
+        num_before = writer.num_rows
+        rows = cleaner.clean(read_rows(source, data)) if is_training else cleaner.count(readable_rows(source, data))
+        for batch in _batches(rows):
+            examples = _whole(encode(batch), cleaner, is_training)
+            if is_training:
+                examples = _learnable(examples, data, cleaner)
+            cleaner.report.truncated += sum(encoded.truncated for _, encoded in examples)
+            writer.write(examples, index)
+        cleaner.report.rows_per_source.append(writer.num_rows - num_before)
+    cleaner.report.rows_kept = writer.num_rows
+    writer.finish(cleaner.report.to_json())
 
 
-def _without_long_rows(
-    examples: list[tuple[Row, Encoded]], data: DataConfig, cleaner: Cleaner
-) -> list[tuple[Row, Encoded]]:
-    detail = f"more than {data.max_source_length} source or {data.max_target_length} target tokens"
+def _whole(found: list[tuple[Row, Encoded] | BadRow], cleaner: Cleaner, is_training: bool) -> list[tuple[Row, Encoded]]:
+    """The rows that could be encoded."""
+    for bad in (one for one in found if isinstance(one, BadRow)):
+        if not is_training:
+            raise unscorable(bad)
+        cleaner.leave_out(bad)
+    return [one for one in found if not isinstance(one, BadRow)]
+
+
+def _learnable(examples: list[tuple[Row, Encoded]], data: DataConfig, cleaner: Cleaner) -> list[tuple[Row, Encoded]]:
+    """The examples that are whole, or a text to be classified by its beginning, and have something to learn."""
+    limit = f"{data.max_source_length} source or {data.max_target_length} target"
+    too_long = f"more than {limit if data.format == 'pairs' else data.max_length} tokens"
+    kept = []
     for row, encoded in examples:
-        if encoded.truncated:
-            cleaner.leave_out(bad_row(row, "too_long", detail))
-    return [example for example in examples if not example[1].truncated]
+        if encoded.truncated and data.format != "labelled":
+            cleaner.leave_out(bad_row(row, "too_long", too_long))
+        elif encoded.target_size == 0:
+            cleaner.leave_out(bad_row(row, "nothing_to_learn", "no token of it is a target"))
+        else:
+            kept.append((row, encoded))
+    return kept
 
 
 def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:

@@ -10,16 +10,19 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TextIO
 
 from harness.config.schema import CleaningConfig
-from harness.data.leakage import HeldOut, source_digest
+from harness.data.leakage import HeldOut, row_source_digest
 from harness.data.rows import BadRow, Row
 from harness.errors import DataError
 
 MAX_QUARANTINE_CHARACTERS = 200
+SIDES = {
+    "pairs": ("source", "target"),
+    "text": ("text", ""),
+    "prompt": ("prompt", "completion"),
+    "messages": ("part before the answer", "answer"),
+    "labelled": ("text", "label"),
+}
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")  # all but tab, LF, CR, NEL
-
-
-def is_empty(row: Row) -> bool:
-    return not row.source.strip() or not row.target.strip()
 
 
 def control_character(row: Row) -> str | None:
@@ -41,17 +44,22 @@ def is_copy(row: Row) -> bool:
 
 
 def row_digest(row: Row) -> bytes:
-    """16 bytes that are equal for equal rows: both texts and both languages."""
-    key = "\0".join((row.source, row.target, row.source_language or "", row.target_language or ""))
+    """16 bytes that are equal for equal rows: all texts and both languages."""
+    key = "\0".join(
+        (row.source, row.target, row.source_language or "", row.target_language or "", row.source_pair or "")
+    )
     return hashlib.blake2b(key.encode(), digest_size=16).digest()
 
 
-def fault_of(row: Row, cleaning: CleaningConfig) -> tuple[str, str] | None:
-    """(reason, detail) when the row by itself should be left out."""
-    if is_empty(row):
-        return "empty", "the source is empty" if not row.source.strip() else "the target is empty"
+def fault_of(row: Row, cleaning: CleaningConfig, row_format: str = "pairs") -> tuple[str, str] | None:
+    """(reason, detail) when the row by itself should be left out. Only the sides of `pairs` are compared."""
+    if not row.source.strip() or (not row.target.strip() and row_format != "text"):
+        source, target = SIDES[row_format]
+        return "empty", f"the {source if not row.source.strip() else target} is empty"
     if character := control_character(row):
         return "control_characters", f"U+{ord(character):04X}"
+    if row_format != "pairs":
+        return None
     if cleaning.max_length_ratio is not None and length_ratio(row) > cleaning.max_length_ratio:
         return "length_ratio", f"{len(row.source.strip())} to {len(row.target.strip())} characters"
     if cleaning.drop_copies and is_copy(row):
@@ -93,10 +101,13 @@ class Cleaner:
     Memory: a digest per row (about 100 bytes) when duplicates are dropped, nothing else.
     """
 
-    def __init__(self, name: str, cleaning: CleaningConfig, held_out: HeldOut, quarantine: TextIO) -> None:
+    def __init__(
+        self, name: str, cleaning: CleaningConfig, row_format: str, held_out: HeldOut, quarantine: TextIO
+    ) -> None:
         self.report = DataReport(name)
         self.examples: dict[str, str] = {}
         self._cleaning, self._held_out, self._quarantine = cleaning, held_out, quarantine
+        self._row_format = row_format
         self._seen: set[bytes] = set()
 
     def clean(self, rows: Iterator[Row | BadRow]) -> Iterator[Row]:
@@ -105,7 +116,7 @@ class Cleaner:
             if isinstance(row, BadRow):
                 self.leave_out(row)
                 continue
-            fault = fault_of(row, self._cleaning) or self._fault_among_rows(row)
+            fault = fault_of(row, self._cleaning, self._row_format) or self._fault_among_rows(row)
             if fault is None:
                 yield row
             else:
@@ -140,7 +151,7 @@ class Cleaner:
             if digest in self._seen:
                 return "duplicate", "an equal row stands before it"
             self._seen.add(digest)
-        if self._held_out and source_digest(row.source) in self._held_out:
+        if self._held_out and row_source_digest(row) in self._held_out:
             self.report.leaked += 1
             if self._cleaning.drop_leaked:
                 return "leaked", "the source stands in validation or test"

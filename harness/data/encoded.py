@@ -1,8 +1,9 @@
 """Encoded rows on disk: an Arrow file written through `datasets`, row sizes beside it as .npy, and meta.json.
 
-- rows.arrow: input_ids, labels (lists of int32), decoder_start (int32), source_index (int16); evaluation sets also
-  source, target, source_language, target_language, where (texts as they were read)
-- source_sizes.npy, target_sizes.npy: tokens of input_ids and of labels, int32 [num_rows]
+- rows.arrow: input_ids (list of int32), labels (list of int32, or of float32 for regression), marker (int32),
+  source_index (int16); evaluation sets also TEXT_COLUMNS (texts as they were read)
+- source_sizes.npy, target_sizes.npy: tokens of input_ids, and how much of labels the loss is summed over;
+  int32 [num_rows]
 - meta.json: num_rows, digest, and the data report
 """
 
@@ -27,29 +28,31 @@ from harness.errors import DataError
 from harness.io.atomic import read_json, write_json
 
 Int32Array = NDArray[np.int32]
-Example = tuple[Int32Array, Int32Array, int]  # input_ids, labels, decoder_start
-TEXT_COLUMNS = ("source", "target", "source_language", "target_language", "where")
-TOKEN_SCHEMA = pa.schema(
-    {
-        "input_ids": pa.list_(pa.int32()),
-        "labels": pa.list_(pa.int32()),
-        "decoder_start": pa.int32(),
-        "source_index": pa.int16(),
-    }
-)
+Lists = tuple[Int32Array, NDArray[Any]]  # offsets and values
+Example = tuple[Int32Array, NDArray[Any], int]  # input_ids, labels, marker
+TEXT_COLUMNS = ("source", "target", "source_language", "target_language", "source_pair", "where")
 TEXT_SCHEMA = pa.schema({name: pa.large_string() for name in TEXT_COLUMNS})
 ROWS_FILE, META_FILE = "rows.arrow", "meta.json"
-SIZES_FILES = {"input_ids": "source_sizes.npy", "labels": "target_sizes.npy"}
+SOURCE_SIZES_FILE, TARGET_SIZES_FILE = "source_sizes.npy", "target_sizes.npy"
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A row in tokens; ``truncated`` when a side was longer than its limit and has been cut."""
+    """A row in numbers; ``truncated`` when a side was longer than its limit and has been cut.
+
+    ``marker`` is one number that a task may need (translation: the decoder's first token). ``num_targets`` is how many
+    labels the loss is summed over, None if all of them.
+    """
 
     input_ids: list[int]
-    labels: list[int]
-    decoder_start: int
-    truncated: bool
+    labels: list[int] | list[float]
+    marker: int = 0
+    truncated: bool = False
+    num_targets: int | None = None
+
+    @property
+    def target_size(self) -> int:
+        return len(self.labels) if self.num_targets is None else self.num_targets
 
 
 class RowWriter:
@@ -58,13 +61,19 @@ class RowWriter:
     ``digest`` depends on tokens and their order only, not on paths, texts or the sizes of the batches written.
     """
 
-    def __init__(self, directory: Path, *, with_texts: bool) -> None:
-        fields = [*TOKEN_SCHEMA, *(TEXT_SCHEMA if with_texts else ())]
+    def __init__(self, directory: Path, *, with_texts: bool, float_labels: bool = False) -> None:
+        numbers = {
+            "input_ids": pa.list_(pa.int32()),
+            "labels": pa.list_(pa.float32() if float_labels else pa.int32()),
+            "marker": pa.int32(),
+            "source_index": pa.int16(),
+        }
         self.num_rows = 0
-        self._directory, self._schema = directory, pa.schema(fields)
+        self._directory = directory
+        self._schema = pa.schema([*pa.schema(numbers), *(TEXT_SCHEMA if with_texts else ())])
         self._writer = ArrowWriter(schema=self._schema, path=str(directory / ROWS_FILE))
-        self._sizes = {name: array("i") for name in SIZES_FILES}
-        self._digests = {name: hashlib.sha256() for name in TOKEN_SCHEMA.names}
+        self._sizes = {SOURCE_SIZES_FILE: array("i"), TARGET_SIZES_FILE: array("i")}
+        self._digests = {name: hashlib.sha256() for name in numbers}
 
     def __enter__(self) -> RowWriter:
         return self
@@ -76,7 +85,7 @@ class RowWriter:
         columns: dict[str, list[Any]] = {
             "input_ids": [encoded.input_ids for _, encoded in examples],
             "labels": [encoded.labels for _, encoded in examples],
-            "decoder_start": [encoded.decoder_start for _, encoded in examples],
+            "marker": [encoded.marker for _, encoded in examples],
             "source_index": [source_index] * len(examples),
         }
         for name in self._schema.names[len(columns) :]:
@@ -84,8 +93,8 @@ class RowWriter:
         table = pa.table(columns, schema=self._schema)
         for name, digest in self._digests.items():
             digest.update(_values(table.column(name).combine_chunks()).tobytes())
-        for name, sizes in self._sizes.items():
-            sizes.extend(map(len, columns[name]))
+        self._sizes[SOURCE_SIZES_FILE].extend(len(encoded.input_ids) for _, encoded in examples)
+        self._sizes[TARGET_SIZES_FILE].extend(encoded.target_size for _, encoded in examples)
         self._writer.write_table(table)
         self.num_rows += len(examples)
 
@@ -98,7 +107,7 @@ class RowWriter:
         for name, sizes in self._sizes.items():
             values = np.array(sizes, dtype=np.int32)
             digest.update(values.tobytes())
-            np.save(self._directory / SIZES_FILES[name], values)
+            np.save(self._directory / name, values)
         meta = {"num_rows": self.num_rows, "digest": digest.hexdigest(), "report": report}
         write_json(self._directory / META_FILE, meta)
 
@@ -112,8 +121,8 @@ class EncodedRows:
         self.digest: str = meta["digest"]
         self.report: dict[str, Any] = meta["report"]
         try:
-            self.source_sizes: Int32Array = np.load(directory / SIZES_FILES["input_ids"], mmap_mode="r")
-            self.target_sizes: Int32Array = np.load(directory / SIZES_FILES["labels"], mmap_mode="r")
+            self.source_sizes: Int32Array = np.load(directory / SOURCE_SIZES_FILE, mmap_mode="r")
+            self.target_sizes: Int32Array = np.load(directory / TARGET_SIZES_FILE, mmap_mode="r")
             self._table: pa.Table = Dataset.from_file(str(directory / ROWS_FILE)).data.table
         except (OSError, EOFError, ValueError, pa.ArrowException) as error:
             raise _damaged(directory, str(error)) from error
@@ -125,15 +134,20 @@ class EncodedRows:
         return int(self._table.num_rows)
 
     def take(self, row_ids: Sequence[int] | NDArray[np.integer]) -> list[Example]:
-        """(input_ids, labels, decoder_start) of each row id, in the order asked for; the arrays are read-only views."""
+        """(input_ids, labels, marker) of each row id, in the order asked for; the arrays are read-only views."""
         ids = np.asarray(row_ids, dtype=np.int64)
         chunk_of_row = np.searchsorted(self._chunk_starts, ids, side="right") - 1
         places = ids - self._chunk_starts[chunk_of_row]
         examples = []
         for chunk, place in zip(chunk_of_row.tolist(), places.tolist(), strict=True):
-            inputs, labels, starts = self._chunks[chunk]
-            examples.append((_piece(inputs, place), _piece(labels, place), int(starts[place])))
+            inputs, labels, markers = self._chunks[chunk]
+            examples.append((_piece(inputs, place), _piece(labels, place), int(markers[place])))
         return examples
+
+    @property
+    def sizes(self) -> Int32Array:
+        """What each row costs: the tokens of its longer side, int32 [num_rows]."""
+        return np.maximum(self.source_sizes, self.target_sizes)
 
     @property
     def source_index(self) -> NDArray[np.int16]:
@@ -145,16 +159,16 @@ class EncodedRows:
         return list(self._table.column(column).to_pylist())
 
     @cached_property
-    def _chunks(self) -> list[tuple[tuple[Int32Array, Int32Array], tuple[Int32Array, Int32Array], Int32Array]]:
-        columns = [self._table.column(name).chunks for name in ("input_ids", "labels", "decoder_start")]
+    def _chunks(self) -> list[tuple[Lists, Lists, Int32Array]]:
+        columns = [self._table.column(name).chunks for name in ("input_ids", "labels", "marker")]
         return [
-            (_offsets_and_values(inputs), _offsets_and_values(labels), starts.to_numpy())
-            for inputs, labels, starts in zip(*columns, strict=True)
+            (_offsets_and_values(inputs), _offsets_and_values(labels), markers.to_numpy())
+            for inputs, labels, markers in zip(*columns, strict=True)
         ]
 
     @cached_property
     def _chunk_starts(self) -> NDArray[np.int64]:
-        lengths = [len(chunk) for chunk in self._table.column("decoder_start").chunks]
+        lengths = [len(chunk) for chunk in self._table.column("marker").chunks]
         return np.cumsum([0, *lengths[:-1]], dtype=np.int64)
 
 
@@ -163,11 +177,11 @@ def _values(column: pa.Array) -> NDArray[Any]:
     return np.asarray(values.to_numpy())
 
 
-def _offsets_and_values(lists: pa.ListArray) -> tuple[Int32Array, Int32Array]:
+def _offsets_and_values(lists: pa.ListArray) -> Lists:
     return lists.offsets.to_numpy(), lists.values.to_numpy()
 
 
-def _piece(lists: tuple[Int32Array, Int32Array], place: int) -> Int32Array:
+def _piece(lists: Lists, place: int) -> NDArray[Any]:
     offsets, values = lists
     return values[offsets[place] : offsets[place + 1]]
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable
 
 from harness.config.schema import DataConfig, DataSource
+from harness.data.rows import Row
 from harness.data.sources import readable_rows
 
 HeldOut = frozenset[bytes]
@@ -16,6 +17,11 @@ def source_digest(text: str) -> bytes:
     return hashlib.blake2b(" ".join(text.split()).casefold().encode(), digest_size=16).digest()
 
 
+def row_source_digest(row: Row) -> bytes:
+    """Digest of everything the model reads of a row."""
+    return source_digest(f"{row.source}\0{row.source_pair}" if row.source_pair else row.source)
+
+
 def held_out_sources(sources: Iterable[DataSource], data: DataConfig) -> HeldOut:
     """Digests of all sources of the evaluation sets. Raises DataError for a row that cannot be read."""
-    return frozenset(source_digest(row.source) for source in sources for row in readable_rows(source, data))
+    return frozenset(row_source_digest(row) for source in sources for row in readable_rows(source, data))

@@ -13,6 +13,13 @@ from harness.config.schema import BatchConfig, DataConfig
 from harness.data.batches import EpochPlan, IntArray, cut_step, mixture_rows, plan_epoch
 from harness.data.encoded import EncodedRows
 
+PACKED_FORMATS = ("text", "prompt", "messages")
+
+
+def pack_length(data: DataConfig) -> int | None:
+    """The longest pack of rows in tokens; None if each row stands alone."""
+    return data.max_length if data.packing and data.format in PACKED_FORMATS else None
+
 
 @dataclass(frozen=True)
 class StepRows:
@@ -36,7 +43,7 @@ class TrainingSteps:
     def __init__(self, rows: EncodedRows, *, data: DataConfig, batch: BatchConfig, seed: int, world_size: int) -> None:
         self._rows, self._data, self._batch = rows, data, batch
         self._seed, self._world_size = seed, world_size
-        self._sizes = np.maximum(rows.source_sizes, rows.target_sizes)
+        self._sizes, self._pack_length = rows.sizes, pack_length(data)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -62,6 +69,7 @@ class TrainingSteps:
             self._sizes,
             max_tokens_per_device=self._batch.max_tokens_per_device,
             world_size=self._world_size,
+            capacity=self._pack_length,
         )
         return StepRows(step, epoch, rows, int(self._rows.target_sizes[rows].sum()), micro_batches)
 
@@ -74,5 +82,10 @@ class TrainingSteps:
                 self._rows.source_index, weights, temperature=self._data.temperature, seed=self._seed, epoch=epoch
             )
         return plan_epoch(
-            self._sizes, seed=self._seed, epoch=epoch, tokens_per_step=self._batch.tokens_per_step, rows=rows
+            self._sizes,
+            seed=self._seed,
+            epoch=epoch,
+            tokens_per_step=self._batch.tokens_per_step,
+            rows=rows,
+            similar_sizes=self._pack_length is None,
         )

@@ -18,7 +18,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from harness.data.rows import LANGUAGE_COLUMNS, BadRow, Columns, Row, is_unicode, nearest_name
+from harness.data.formats import Columns
+from harness.data.rows import BadRow, Row, is_unicode, nearest_name
 from harness.errors import DataError
 
 MAX_LINE_BYTES = 1 << 20
@@ -77,7 +78,7 @@ def read_jsonl(path: Path, columns: Columns) -> Iterator[Row | BadRow]:
 
 
 def read_parquet(path: Path, columns: Columns) -> Iterator[Row | BadRow]:
-    """Text columns of a Parquet file; a null is a missing field."""
+    """Columns of a Parquet file; a null is a missing field."""
     number = 0
     try:
         with pq.ParquetFile(path) as file:
@@ -89,7 +90,7 @@ def read_parquet(path: Path, columns: Columns) -> Iterator[Row | BadRow]:
                     where = f"{path}:{number}"
                     broken = next((field for field in fields if isinstance(field, bytes)), None)
                     if broken is None:
-                        yield columns.row(where, fields[0], fields[1], fields[2:])
+                        yield columns.row(where, fields)
                     else:
                         yield BadRow(where, "not_utf8", "the value is not UTF-8", _printable(broken))
     except (pa.ArrowException, OSError) as error:
@@ -106,7 +107,7 @@ def read_parallel(source_path: Path, target_path: Path, columns: Columns) -> Ite
         if source is None or target is None:
             continue
         bad = next((line for _, line in (source, target) if isinstance(line, BadRow)), None)
-        yield bad or columns.row(source[0], source[1], target[1])
+        yield bad or columns.row(source[0], (source[1], target[1], *[None] * len(columns.optional)))
     if num_source != num_target:
         raise DataError(
             f"{num_source:,} lines, but {target_path} has {num_target:,}",
@@ -201,17 +202,17 @@ def _csv_header(path: Path, records: Iterator[list[str]]) -> list[str]:
 
 
 def _pick(path: Path, header: Sequence[str], columns: Columns) -> list[int | None]:
-    """Positions of ``columns.names`` in the header; None for a language column that is not there."""
+    """Positions of ``columns.names`` in the header; None for an optional column that is not there."""
     _check_header(f"{path}:1", header, columns)
     return [header.index(name) if name in header else None for name in columns.names]
 
 
 def _pick_parquet(path: Path, schema: pa.Schema, columns: Columns) -> list[str | None]:
-    """``columns.names`` with None for a language column that is not there."""
+    """``columns.names`` with None for an optional column that is not there."""
     _check_header(str(path), schema.names, columns)
     names = [name if name in schema.names else None for name in columns.names]
     for name in names:
-        if name is not None and not _holds_text(schema.field(name).type):
+        if name is not None and name not in columns.structured and not _holds_text(schema.field(name).type):
             raise DataError(f"column `{name}` holds {schema.field(name).type}, not text", where=str(path))
     return names
 
@@ -220,10 +221,10 @@ def _check_header(where: str, header: Sequence[str], columns: Columns) -> None:
     for name in columns.names:
         if header.count(name) > 1:
             raise DataError(f"column `{name}` stands in the header more than once", where=where)
-    for name in (columns.source, columns.target):
+    for name in columns.required:
         if name not in header:
             listed = ", ".join(f"`{column[:40]}`" for column in header[:20])
-            hint = f"{nearest_name(name, header)} data.source_column and data.target_column name the columns"
+            hint = f"{nearest_name(name, header)} {columns.keys}"
             raise DataError(f"no column `{name}`; the header has {listed}", where=where, hint=hint.strip())
 
 
@@ -232,8 +233,7 @@ def _row_of_fields(
 ) -> Row | BadRow:
     if len(fields) != num_columns:
         return BadRow(where, "wrong_column_count", f"{len(fields)} columns, the header has {num_columns}", text)
-    source, target, *languages = [None if index is None else fields[index] for index in picked]
-    return columns.row(where, source, target, languages)
+    return columns.row(where, [None if index is None else fields[index] for index in picked])
 
 
 def _row_of_json(where: str, line: str, columns: Columns) -> Row | BadRow:
@@ -243,12 +243,11 @@ def _row_of_json(where: str, line: str, columns: Columns) -> Row | BadRow:
         return BadRow(where, "malformed", f"not JSON: {error}", line)
     if not isinstance(fields, dict):
         return BadRow(where, "malformed", f"not a JSON object but {type(fields).__name__}", line)
-    for name in (columns.source, columns.target):
+    for name in columns.required:
         if name not in fields:
             detail = f"no field `{name}` {nearest_name(name, fields)}".strip()
             return BadRow(where, "missing_field", detail, line)
-    languages = [fields.get(name) for name in LANGUAGE_COLUMNS]
-    return columns.row(where, fields[columns.source], fields[columns.target], languages)
+    return columns.row(where, [fields.get(name) for name in columns.names])
 
 
 def _holds_text(kind: pa.DataType) -> bool:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.config.schema import DataConfig, DataSource
+from harness.data.formats import columns_of
 from harness.data.readers import READERS, read_parallel, reader_of
-from harness.data.rows import BadRow, Columns, Row, nearest_name
+from harness.data.rows import BadRow, Row, nearest_name
 from harness.errors import DataError
 
 __all__ = ["READERS", "BadRow", "Row", "as_source", "existing_file", "read_rows", "readable_rows", "source_files"]
@@ -15,12 +16,7 @@ __all__ = ["READERS", "BadRow", "Row", "as_source", "existing_file", "read_rows"
 
 def read_rows(source: DataSource, data: DataConfig) -> Iterator[Row | BadRow]:
     """All rows in file order. Raises DataError for a file that is missing, unreadable or without rows."""
-    columns = Columns(
-        data.source_column,
-        data.target_column,
-        source.source_language or data.source_language,
-        source.target_language or data.target_language,
-    )
+    columns = columns_of(source, data)
     files = [existing_file(path) for path in source_files(source)]
     if source.path is not None:
         rows = reader_of(files[0])(files[0], columns)
@@ -37,9 +33,14 @@ def readable_rows(source: DataSource, data: DataConfig) -> Iterator[Row]:
     """The rows of an evaluation set, where every row is scored. Raises DataError for one that cannot be read."""
     for row in read_rows(source, data):
         if isinstance(row, BadRow):
-            hint = "every row of a validation or test set is scored: mend this row or delete it"
-            raise DataError(f"{row.reason}: {row.detail}", where=row.where, hint=hint)
+            raise unscorable(row)
         yield row
+
+
+def unscorable(row: BadRow) -> DataError:
+    """The error of a row of an evaluation set that cannot be used."""
+    hint = "every row of a validation or test set is scored: mend this row or delete it"
+    return DataError(f"{row.reason}: {row.detail}", where=row.where, hint=hint)
 
 
 def as_source(source: DataSource | str) -> DataSource:

@@ -13,12 +13,12 @@ from torch import Tensor
 Convention = Literal["fairseq", "torch"]
 
 
-class TokenLoss(NamedTuple):
-    """Sums over the counted target tokens, in float32; the caller divides by the global token count."""
+class LossTerms(NamedTuple):
+    """Sums over the counted targets, in float32; the caller divides by the targets of the whole step."""
 
     loss_sum: Tensor
     nll_sum: Tensor
-    num_tokens: Tensor
+    num_targets: Tensor
 
 
 def label_smoothed_cross_entropy(
@@ -28,7 +28,7 @@ def label_smoothed_cross_entropy(
     epsilon: float = 0.0,
     convention: Convention = "fairseq",
     ignore_index: int = -100,
-) -> TokenLoss:
+) -> LossTerms:
     """Cross entropy against a smoothed target distribution q, summed over all labels that are not `ignore_index`.
 
     `fairseq`: q(gold) = 1 - eps and eps / (V - 1) on every other token
@@ -43,12 +43,12 @@ def label_smoothed_cross_entropy(
     nll_N = log_normaliser_N - logits_NV.gather(-1, labels_N[:, None]).squeeze(-1)
     nll_sum = nll_N.sum()
     if epsilon == 0.0:
-        return TokenLoss(nll_sum, nll_sum.detach(), counted_BT.sum())
+        return LossTerms(nll_sum, nll_sum.detach(), counted_BT.sum())
     mean_logit_N, num_columns_N = _mean_over_possible(logits_NV)
     uniform_N = log_normaliser_N - mean_logit_N  # cross entropy against the uniform distribution
     uniform_weight_N = epsilon * num_columns_N / (num_columns_N - 1) if convention == "fairseq" else epsilon
     loss_N = (1.0 - uniform_weight_N) * nll_N + uniform_weight_N * uniform_N
-    return TokenLoss(loss_N.sum(), nll_sum.detach(), counted_BT.sum())
+    return LossTerms(loss_N.sum(), nll_sum.detach(), counted_BT.sum())
 
 
 def _mean_over_possible(logits_NV: Tensor) -> tuple[Tensor, Tensor | int]:

@@ -10,41 +10,28 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from harness.config.schema import DataConfig
-from harness.data.cache import Encoded
-from harness.data.sources import Row
+from harness.config.schema import DataConfig, LossConfig
+from harness.data.encoded import Encoded
+from harness.data.rows import Row
 from harness.models.families import Family
+from harness.objectives.cross_entropy import LossTerms, label_smoothed_cross_entropy
+from harness.tasks.task import IGNORED, Batch, DecodingTask, Example, pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
-Tokens = Sequence[int] | NDArray[np.int32]
-Example = tuple[Tokens, Tokens, int]  # input_ids, labels, decoder_start
-
 
 @dataclass(frozen=True)
-class Batch:
-    """A padded micro-batch on the device; `inputs` are the keyword arguments of the model's forward pass."""
-
-    inputs: dict[str, Tensor]
-    labels_BT: Tensor
-    num_padded_tokens: int
-    num_tokens: int
-
-
-@dataclass(frozen=True)
-class TranslationTask:
-    """Rows, token ids and text of one tokeniser and model family."""
+class TranslationTask(DecodingTask):
+    """Rows, token ids and text of one tokeniser and model family. The marker of an example is the decoder's start."""
 
     tokenizer: PreTrainedTokenizerBase
     family: Family
     data: DataConfig
+    objective: LossConfig
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
         """Token ids of many rows, language tags included; raises DataError for a tag the tokeniser lacks."""
@@ -66,30 +53,39 @@ class TranslationTask:
         ]
 
     def collate(self, examples: Sequence[Example], device: torch.device) -> Batch:
-        """Pad (input_ids, labels, decoder_start) examples. No examples give one row without target tokens, so that
-        a rank short of rows still takes part in the collectives of a forward and backward pass.
+        """Pad examples; no examples give one row without target tokens.
 
         The decoder input is always `[decoder_start] + labels[:-1]`.
         """
         num_tokens = sum(max(len(source), len(labels)) for source, labels, _ in examples)
-        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        pad_id, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         sources = [source for source, _, _ in examples] or [[eos]]
         labels = [labels for _, labels, _ in examples] or [[IGNORED]]
         starts = [[start, *row[:-1]] for _, row, start in examples] or [[eos]]
-        input_ids_BS = _pad(sources, pad)
-        mask_BS = _pad([[1] * len(source) for source in sources], 0)
-        inputs = {"input_ids": input_ids_BS, "attention_mask": mask_BS, "decoder_input_ids": _pad(starts, pad)}
-        labels_BT = _pad(labels, IGNORED)
+        input_ids_BS = pad(sources, pad_id)
+        mask_BS = pad([[1] * len(source) for source in sources], 0)
+        inputs = {"input_ids": input_ids_BS, "attention_mask": mask_BS, "decoder_input_ids": pad(starts, pad_id)}
+        labels_BT = pad(labels, IGNORED)
         padded = len(examples) * max(input_ids_BS.shape[1], labels_BT.shape[1])
-        return Batch({k: v.to(device) for k, v in inputs.items()}, labels_BT.to(device), padded, num_tokens)
+        on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
+        return Batch({**on_device, "use_cache": False}, labels_BT.to(device), padded, num_tokens)
+
+    def made_up(self, token_ids: Sequence[list[int]]) -> list[Example]:
+        start = self.tokenizer.eos_token_id
+        return [(source, labels, start) for source, labels in zip(token_ids, reversed(token_ids), strict=True)]
+
+    def loss(self, logits: Tensor, batch: Batch) -> LossTerms:
+        """Label-smoothed cross entropy of the target tokens."""
+        smoothing, convention = self.objective.label_smoothing, self.objective.convention
+        return label_smoothed_cross_entropy(logits, batch.labels, epsilon=smoothing, convention=convention)
 
     def collate_sources(self, examples: Sequence[Example], device: torch.device) -> dict[str, Any]:
         """What beam search needs of the same examples: sources, decoder starts and forced first tokens."""
         sources = [source for source, _, _ in examples]
         forced = [int(row[0]) for _, row, _ in examples] if self.family.force_language else None
         return {
-            "input_ids_BS": _pad(sources, self.tokenizer.pad_token_id).to(device),
-            "attention_mask_BS": _pad([[1] * len(source) for source in sources], 0).to(device),
+            "input_ids_BS": pad(sources, self.tokenizer.pad_token_id).to(device),
+            "attention_mask_BS": pad([[1] * len(source) for source in sources], 0).to(device),
             "decoder_start_B": torch.tensor([start for _, _, start in examples], device=device),
             "forced_first": forced,
         }
@@ -101,10 +97,10 @@ class TranslationTask:
     def show(self, row: Row) -> str:
         """One row as the model will see it, token by token, and what beam search starts with, for `harness check`."""
         (encoded,) = self.encode([row])
-        starts = [encoded.decoder_start, *encoded.labels[:-1]]
+        starts = [encoded.marker, *encoded.labels[:-1]]
         parts = {"source": encoded.input_ids, "decoder input": starts, "labels": encoded.labels}
         lines = {name: " ".join(self.tokenizer.convert_ids_to_tokens(ids)) for name, ids in parts.items()}
-        start, first = self.tokenizer.convert_ids_to_tokens([encoded.decoder_start, encoded.labels[0]])
+        start, first = self.tokenizer.convert_ids_to_tokens([encoded.marker, encoded.labels[0]])
         forced = f"{first} is forced first" if self.family.force_language else "no token is forced"
         lines["beam search"] = f"starts with {start}, {forced}"
         width = max(map(len, lines))
@@ -118,10 +114,3 @@ class TranslationTask:
     @cached_property
     def _starts(self) -> dict[str | None, int]:
         return {}
-
-
-def _pad(rows: Sequence[Tokens], value: int) -> Tensor:
-    padded = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
-    for index, row in enumerate(rows):
-        padded[index, : len(row)] = row
-    return torch.from_numpy(padded)

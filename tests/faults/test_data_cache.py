@@ -30,9 +30,9 @@ def encode(rows):
     if mode == "die" and calls == 5:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.05 if mode == "slow" else 0)
-    return [cache.Encoded(list(row.source.encode()), list(row.target.encode()), 0, False) for row in rows]
+    return [(row, cache.Encoded(list(row.source.encode()), list(row.target.encode()))) for row in rows]
 
-prepared = cache.prepare_rows("train", data.train, data, encode=encode, tokenizer_fingerprint="bytes",
+prepared = cache.prepare_rows("train", data.train, data, encode=encode, fingerprint="bytes",
                               cache_root=root / "cache", is_training=True)
 print(calls, prepared.rows.digest)
 """

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.objectives.cross_entropy import Convention, TokenLoss, label_smoothed_cross_entropy
+from harness.objectives.cross_entropy import Convention, LossTerms, label_smoothed_cross_entropy
 
 NUM_ROWS, LENGTH, VOCABULARY = 4, 7, 23
 IGNORED = -100
@@ -49,7 +49,7 @@ def by_definition(logits_BTV: Tensor, labels_BT: Tensor, epsilon: float, convent
 
 def loss_and_gradient(
     logits_BTV: Tensor, labels_BT: Tensor, epsilon: float, convention: Convention
-) -> tuple[TokenLoss, Tensor]:
+) -> tuple[LossTerms, Tensor]:
     leaf_BTV = logits_BTV.clone().requires_grad_()
     loss = label_smoothed_cross_entropy(leaf_BTV, labels_BT, epsilon=epsilon, convention=convention)
     loss.loss_sum.backward()
@@ -67,7 +67,7 @@ def test_loss_and_gradient_are_those_of_the_definition(epsilon: float, conventio
     expected.backward()
     assert loss.loss_sum.item() == pytest.approx(expected.item(), rel=1e-6)
     torch.testing.assert_close(gradient_BTV.double(), leaf_BTV.grad, rtol=1e-5, atol=1e-6)
-    assert loss.num_tokens.item() == 16
+    assert loss.num_targets.item() == 16
     assert loss.nll_sum.item() == pytest.approx(by_definition(logits_BTV, labels_BT, 0.0, convention).item(), rel=1e-6)
 
 
@@ -157,7 +157,7 @@ def test_another_id_can_be_the_ignored_one(convention: Convention) -> None:
     ours = label_smoothed_cross_entropy(logits_BTV, padded_BT, epsilon=0.1, convention=convention, ignore_index=1)
     expected = label_smoothed_cross_entropy(logits_BTV, same_BT, epsilon=0.1, convention=convention)
     assert ours.loss_sum.equal(expected.loss_sum)
-    assert ours.num_tokens.equal(expected.num_tokens)
+    assert ours.num_targets.equal(expected.num_targets)
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
@@ -188,5 +188,5 @@ def test_the_sum_does_not_depend_on_how_a_batch_is_cut(convention: Convention) -
     whole, whole_gradient_BTV = loss_and_gradient(logits_BTV, labels_BT, 0.2, convention)
     parts = [loss_and_gradient(logits_BTV[rows], labels_BT[rows], 0.2, convention) for rows in ([0], [1, 3], [2])]
     assert sum(loss.loss_sum.item() for loss, _ in parts) == pytest.approx(whole.loss_sum.item(), rel=1e-6)
-    assert sum(int(loss.num_tokens) for loss, _ in parts) == int(whole.num_tokens)
+    assert sum(int(loss.num_targets) for loss, _ in parts) == int(whole.num_targets)
     torch.testing.assert_close(torch.cat([part for _, part in parts])[[0, 1, 3, 2]], whole_gradient_BTV)

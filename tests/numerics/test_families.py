@@ -115,8 +115,8 @@ def test_decoder_inputs_and_token_losses_equal_the_familys_own(name: str, direct
         theirs = model(**batch, labels=labels_BT)
     ours = label_smoothed_cross_entropy(logits_BTV, labels_BT, epsilon=0.0)
     torch.testing.assert_close(logits_BTV[counted_BT], theirs.logits[counted_BT], atol=1e-5, rtol=1e-5)
-    assert int(ours.num_tokens) == sum(len(row.ids) for row in labels)
-    torch.testing.assert_close(ours.nll_sum / ours.num_tokens, theirs.loss, atol=1e-5, rtol=1e-5)
+    assert int(ours.num_targets) == sum(len(row.ids) for row in labels)
+    torch.testing.assert_close(ours.nll_sum / ours.num_targets, theirs.loss, atol=1e-5, rtol=1e-5)
 
 
 def test_each_row_of_a_batch_has_its_own_language(directories: dict[str, Path]) -> None:

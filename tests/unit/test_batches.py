@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.data.batches import POOL_STEPS, EpochPlan, IntArray, cut_step, mixture_rows, plan_epoch
+from harness.data.batches import POOL_STEPS, EpochPlan, IntArray, cut_step, mixture_rows, pack, plan_epoch
 from harness.errors import DataError
 
 some_sizes = st.lists(st.integers(1, 40), min_size=1, max_size=300)
@@ -112,6 +112,17 @@ def test_a_row_larger_than_a_step_is_an_error_with_a_way_out() -> None:
         plan_epoch(np.array([1, 50]), seed=0, epoch=0, tokens_per_step=49)
     with pytest.raises(DataError, match="no rows"):
         plan_epoch(np.array([], dtype=int), seed=0, epoch=0, tokens_per_step=49)
+
+
+@given(some_sizes, seeds, st.integers(40, 500))
+def test_without_similar_sizes_rows_stay_in_random_order(sizes: list[int], seed: int, tokens_per_step: int) -> None:
+    plan = plan_epoch(np.array(sizes), seed=seed, epoch=0, tokens_per_step=tokens_per_step, similar_sizes=False)
+    batches: list[list[int]] = [[]]
+    for row in random_stream(seed, 0, 0).permutation(len(sizes)).tolist():
+        if sum(sizes[r] for r in batches[-1]) + sizes[row] > tokens_per_step:
+            batches.append([])
+        batches[-1].append(row)
+    assert batches_of(plan) == [batches[i] for i in random_stream(seed, 0, 1).permutation(len(batches))]
 
 
 # --- mixtures
@@ -217,3 +228,64 @@ def test_ranks_short_of_rows_get_empty_micro_batches() -> None:
 def test_a_row_larger_than_a_micro_batch_is_an_error_with_a_way_out() -> None:
     with pytest.raises(DataError, match=r"batch.max_tokens_per_device=9.*\n.*raise batch.max_tokens_per_device"):
         cut_step(np.array([0]), np.array([10]), max_tokens_per_device=9, world_size=1)
+
+
+# --- packs
+
+
+def slow_first_fit(rows: list[int], sizes: list[int], capacity: int) -> list[list[int]]:
+    packs: list[list[int]] = []
+    for row in sorted(rows, key=lambda row: -sizes[row]):
+        place = next((one for one in packs if sum(sizes[r] for r in one) + sizes[row] <= capacity), None)
+        if place is None:
+            packs.append([row])
+        else:
+            place.append(row)
+    return packs
+
+
+def next_fit(rows: list[int], sizes: list[int], capacity: int) -> list[list[int]]:
+    packs: list[list[int]] = []
+    for row in rows:
+        if not packs or sum(sizes[r] for r in packs[-1]) + sizes[row] > capacity:
+            packs.append([])
+        packs[-1].append(row)
+    return packs
+
+
+@given(some_sizes, seeds, st.integers(40, 120))
+def test_packs_are_those_of_first_fit_decreasing(sizes: list[int], seed: int, capacity: int) -> None:
+    rows = np.random.default_rng(seed).permutation(len(sizes))[: 1 + len(sizes) // 2]
+    packs = [rows.tolist() for rows in pack(rows, np.array(sizes, dtype=np.int32), capacity)]
+    assert packs == slow_first_fit(rows.tolist(), sizes, capacity)
+
+
+@given(some_sizes, seeds, st.integers(40, 120), st.integers(1, 4), st.integers(1, 5))
+def test_a_step_of_packs(sizes: list[int], seed: int, capacity: int, num_packs: int, world_size: int) -> None:
+    """Every row once, no pack over its capacity, no micro-batch over the limit, and next-fit finds the packs again."""
+    limit = capacity * num_packs
+    rows = np.random.default_rng(seed).permutation(len(sizes))[: 1 + len(sizes) // 2]
+    micro_steps = cut_step(rows, np.array(sizes), max_tokens_per_device=limit, world_size=world_size, capacity=capacity)
+    assert [len(parts) for parts in micro_steps] == [world_size] * len(micro_steps)
+    parts = [part.tolist() for parts in micro_steps for part in parts]
+    assert sorted(row for part in parts for row in part) == sorted(rows.tolist())
+    found = [next_fit(part, sizes, capacity) for part in parts]
+    assert sorted(one for packs in found for one in packs) == sorted(slow_first_fit(rows.tolist(), sizes, capacity))
+    for packs in found:
+        costs = [sum(sizes[row] for row in one) for one in packs]
+        assert max(costs, default=0) <= capacity
+        assert len(costs) * max(costs, default=0) <= limit
+    as_rows = np.array([sum(sizes[row] for row in one) for packs in found for one in packs])
+    best = cut_step(np.arange(len(as_rows)), as_rows, max_tokens_per_device=limit, world_size=world_size)
+    assert len(micro_steps) == len(best), "as few micro-steps as for rows of the packs' sizes"
+
+
+def test_packs_of_rows_of_all_sizes_are_nearly_full() -> None:
+    sizes = np.random.default_rng(0).integers(5, 1024, 10_000)
+    packs = pack(np.arange(len(sizes)), sizes, 1024)
+    assert len(packs) <= 1.01 * sizes.sum() / 1024
+
+
+def test_a_pack_larger_than_a_micro_batch_is_an_error_with_a_way_out() -> None:
+    with pytest.raises(DataError, match=r"a pack of 12 tokens .*batch.max_tokens_per_device=9.*\n.*data.max_"):
+        cut_step(np.array([0, 1]), np.array([6, 6]), max_tokens_per_device=9, world_size=1, capacity=12)

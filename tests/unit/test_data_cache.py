@@ -30,10 +30,11 @@ class ByteTokenizer:
     def __init__(self) -> None:
         self.num_rows = 0
 
-    def __call__(self, rows: list[Row]) -> list[Encoded]:
+    def __call__(self, rows: list[Row]) -> list[tuple[Row, Encoded]]:
         self.num_rows += len(rows)
         sides = [(list(row.source.encode()), list(row.target.encode())) for row in rows]
-        return [Encoded(a[:LONGEST], b[:LONGEST], len(a), max(len(a), len(b)) > LONGEST) for a, b in sides]
+        encoded = [Encoded(a[:LONGEST], b[:LONGEST], len(a), max(len(a), len(b)) > LONGEST) for a, b in sides]
+        return list(zip(rows, encoded, strict=True))
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def data_config(*paths: Path, **fields: Any) -> DataConfig:
 
 
 def prepare(data: DataConfig, root: Path, encode: Any = None, name: str = "train", **changes: Any) -> Prepared:
-    arguments = {"tokenizer_fingerprint": "bytes", "cache_root": root / "cache", "is_training": True} | changes
+    arguments = {"fingerprint": "bytes", "cache_root": root / "cache", "is_training": True} | changes
     return prepare_rows(name, data.train, data, encode=encode or ByteTokenizer(), **arguments)
 
 
@@ -181,7 +182,7 @@ def test_token_that_moves_from_one_row_to_the_next_changes_the_digest(tmp_path: 
             prepare(
                 data_config(path),
                 tmp_path,
-                lambda rows: [Encoded(list(row.source.encode()), [1], 0, False) for row in rows],
+                lambda rows: [(row, Encoded(list(row.source.encode()), [1])) for row in rows],
             ).rows.digest
         )
     assert len(digests) == 2
@@ -201,7 +202,7 @@ def test_take_any_rows_in_any_order(tmp_path: Path, choices: st.DataObject) -> N
     rows = EncodedRows(tmp_path)
     ids = choices.draw(st.lists(st.integers(0, len(written) - 1), max_size=10))
     taken = [(a.tolist(), b.tolist(), start) for a, b, start in rows.take(ids)]
-    assert taken == [(written[i].input_ids, written[i].labels, written[i].decoder_start) for i in ids]
+    assert taken == [(written[i].input_ids, written[i].labels, written[i].marker) for i in ids]
     assert rows.source_sizes.tolist() == [len(one.input_ids) for one in written]
     assert rows.target_sizes.tolist() == [len(one.labels) for one in written]
     assert rows.source_index.tolist() == [index for index, batch in enumerate(batches) for _ in batch]

@@ -26,7 +26,7 @@ def row(source: str, target: str, line: int = 1, languages: tuple[str | None, st
 def clean(rows: Sequence[Row | BadRow], **cleaning: Any) -> tuple[list[Row], Cleaner, list[dict[str, str]]]:
     held_out = cleaning.pop("held_out", frozenset())
     quarantine = io.StringIO()
-    cleaner = Cleaner("train", CleaningConfig(**cleaning), held_out, quarantine)
+    cleaner = Cleaner("train", CleaningConfig(**cleaning), "pairs", held_out, quarantine)
     kept = list(cleaner.clean(iter(rows)))
     cleaner.report.rows_kept = len(kept)
     return kept, cleaner, [json.loads(line) for line in quarantine.getvalue().splitlines()]

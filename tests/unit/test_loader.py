@@ -28,6 +28,10 @@ class Sizes:
     target_sizes: np.ndarray[Any, Any]
     source_index: np.ndarray[Any, Any]
 
+    @property
+    def sizes(self) -> np.ndarray[Any, Any]:
+        return np.maximum(self.source_sizes, self.target_sizes)
+
 
 def random_sizes(num_rows: int = NUM_ROWS) -> Sizes:
     generator = np.random.default_rng(5)
@@ -126,3 +130,24 @@ def test_the_digest_is_that_of_the_sorted_row_ids() -> None:
     step = StepRows(1, 0, np.array([7, 2, 300]), 10, [])
     expected = hashlib.sha256(b"".join(row.to_bytes(8, "little") for row in (2, 7, 300))).hexdigest()[:16]
     assert step.digest == expected == StepRows(9, 3, np.array([300, 7, 2]), 99, []).digest
+
+
+def test_rows_of_language_models_are_packed() -> None:
+    """Packs of at most `max_length` tokens, of rows of all sizes; the steps' rows do not depend on the layout."""
+    sizes = random_sizes(600)
+    batch = BatchConfig(tokens_per_step=600, max_tokens_per_device=160)
+    base = {"train": [DataSource(path="x.jsonl")], "format": "messages", "max_length": 80}
+
+    def steps(world_size: int, **changes: Any) -> list[StepRows]:
+        data = DataConfig.model_validate(base | changes)
+        loader = TrainingSteps(cast(EncodedRows, sizes), data=data, batch=batch, seed=17, world_size=world_size)
+        return first_steps(loader, num_epochs=1)
+
+    packed, other, alone = steps(1), steps(3), steps(1, packing=False)
+    assert [step.digest for step in packed] == [step.digest for step in other]
+    assert sorted(np.concatenate([step.rows for step in packed])) == list(range(600))
+    costs = [int(sizes.sizes[part].sum()) for step in packed for parts in step.micro_batches for part in parts]
+    assert max(costs) <= 160
+    assert np.mean(costs) > 130, "two packs of 80, nearly full"
+    spread, without = (np.mean([np.ptp(sizes.sizes[step.rows]) for step in one]) for one in (packed, alone))
+    assert spread > 20 > 5 > without
