@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from harness.checkpoint.state import CheckpointTensors
 from harness.checkpoint.store import Checkpoint
 from harness.errors import DataError
 from harness.io.atomic import fsync_directory
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def overwrite_parameters(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
@@ -29,30 +30,29 @@ def overwrite_parameters(model: torch.nn.Module, checkpoint: Checkpoint) -> None
             parameter.copy_(tensors.whole(name))
 
 
-def export_model(
+def export(
     model: Any,
     tokenizer: Any,
     directory: Path,
     *,
-    dtype: torch.dtype,
+    write: Callable[[Path], Any],
     reload: Callable[[Path], Any],
-    fixed_batch: dict[str, Tensor],
+    fixed_batch: dict[str, Any],
 ) -> None:
-    """Write `model` (float32, master weights) and its tokeniser to `directory`, atomically.
+    """`write` a model and its tokeniser into `directory`, atomically.
 
-    `reload` opens the written directory with plain transformers; its logits on `fixed_batch` must equal those of the
-    model in memory, element by element, or nothing is left behind and DataError is raised.
+    `reload` opens the written directory as a user would; its logits on `fixed_batch` must equal those of the model in
+    memory, element by element, or nothing is left behind and DataError is raised.
     """
-    model = model.to(dtype).eval()
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    write(temporary)
     tokenizer.save_pretrained(temporary)
     for weights in temporary.glob("*.safetensors"):  # written readable by their owner alone
-        weights.chmod((temporary / "config.json").stat().st_mode)
+        weights.chmod((temporary / TOKENIZER_CONFIG).stat().st_mode)
     with torch.no_grad():
         expected = model(**fixed_batch).logits
-        actual = reload(temporary).to(dtype).eval()(**fixed_batch).logits
+        actual = reload(temporary).eval()(**fixed_batch).logits
     if not torch.equal(expected, actual):
         difference = float((expected.float() - actual.float()).abs().max())
         shutil.rmtree(temporary)

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -27,6 +27,7 @@ from torch import Tensor
 from harness.checkpoint.store import MANIFEST, Checkpoint, CheckpointStore, FileRecord, record_file
 from harness.engine import fragments
 from harness.engine.fragments import MASTER, Holder
+from harness.engine.moments import moment_sizes, read_moments, set_num_updates, write_moment
 from harness.engine.processes import Processes
 from harness.errors import DataError, HarnessError, ResourceError
 from harness.io.atomic import read_json, write_json
@@ -49,7 +50,7 @@ def save(
         records = _agreed(processes, partial(_write_rank, store.temporary(step), holders, engine, processes.rank))
         fault_point("checkpoint.after_shard")
         files = [record for part in processes.gather(records) for record in part]
-        state = {**state, "optimizer_step": fragments.applied_steps(engine), "world_size": processes.world_size}
+        state = {**state, "world_size": processes.world_size}
         return _agreed(processes, partial(store.commit, step, files, state) if processes.is_first else _nothing)
 
 
@@ -77,17 +78,20 @@ def open_together(store: CheckpointStore, processes: Processes, step: int) -> Ch
     return checkpoint
 
 
-def load(checkpoint: Checkpoint, engine: Any) -> None:
+def load(checkpoint: Checkpoint, engine: Any, *, thawed: Collection[str] = ()) -> None:
     """Put masters and moments back into the optimizer of every rank, and the weights that follow from them.
 
-    Raises DataError when the checkpoint is of another model.
+    Parameters in `thawed` were frozen when the checkpoint was written, so they are not in it: they start from the
+    weights that the engine was built with and without moments.
+    Raises DataError when the checkpoint is of another model, or holds trained parameters that are frozen now: their
+    values could not be kept.
     """
     tensors = CheckpointTensors(checkpoint.directory)
-    _check_model(tensors, engine)
+    _check_model(tensors, engine, thawed)
     optimizer = fragments.base_optimizer(engine)
     for holder in fragments.holders(engine):
         with holder.resident(True):
-            _load_holder(holder, tensors, optimizer, checkpoint.state["optimizer_step"])
+            _load_holder(holder, tensors, optimizer)
     fragments.publish_masters(engine)
 
 
@@ -105,6 +109,7 @@ class CheckpointTensors:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.shapes: dict[tuple[str, str], tuple[int, ...]] = {}
+        self.num_updates: dict[str, int | None] = {}  # of each parameter, for bias correction
         self._entries: dict[tuple[str, str], list[_Entry]] = defaultdict(list)
         files = {record["name"] for record in read_json(directory / MANIFEST)["files"]}
         for index in sorted(name for name in files if name.endswith(".json")):
@@ -112,6 +117,7 @@ class CheckpointTensors:
                 if item["file"] not in files:
                     raise DataError(f"{item['file']!r} is not a file of the manifest", where=str(directory / index))
                 self.shapes[item["name"], item["kind"]] = tuple(item["shape"])
+                self.num_updates[item["name"]] = item["updates"]
                 entry = _Entry(item["file"], item["key"], item["start"], item["numel"])
                 self._entries[item["name"], item["kind"]].append(entry)
 
@@ -209,8 +215,8 @@ def _holders_to_write(engine: Any, processes: Processes) -> list[Holder]:
 
 def _num_bytes(holders: list[Holder], optimizer: torch.optim.Optimizer) -> int:
     """Bytes of masters and moments."""
-    tensors = (tensor for holder in holders for tensor in (holder.tensor, *holder.moments(optimizer).values()))
-    return sum(tensor.numel() * 4 for tensor in tensors)
+    moments = (size for holder in holders for size in moment_sizes(optimizer, holder.tensor).values())
+    return 4 * (sum(holder.tensor.numel() for holder in holders) + sum(moments))
 
 
 def _write_rank(directory: Path, holders: list[Holder], engine: Any, rank: int) -> list[FileRecord]:
@@ -246,7 +252,8 @@ def _batched(holders: list[Holder], max_numel: int = 1 << 28) -> list[list[Holde
 def _collect(
     holder: Holder, optimizer: torch.optim.Optimizer, file: str, tensors: dict[str, Tensor], index: list[dict[str, Any]]
 ) -> None:
-    parts = {MASTER: holder.tensor, **holder.moments(optimizer)}
+    parts = {MASTER: holder.tensor, **read_moments(optimizer, holder.tensor)}
+    num_updates = holder.num_updates(optimizer)
     for piece in holder.pieces:
         for kind, tensor in parts.items():
             elementwise = tensor.numel() == holder.tensor.numel()  # else a factored moment of a whole parameter
@@ -258,39 +265,49 @@ def _collect(
             index.append({
                 "name": piece.name, "kind": kind, "shape": list(piece.shape if elementwise else tensor.shape),
                 "start": piece.start if elementwise else 0, "numel": flat.numel(), "file": file, "key": key,
+                "updates": num_updates,
             })  # fmt: skip
 
 
-def _check_model(tensors: CheckpointTensors, engine: Any) -> None:
-    parameters = engine.module.named_parameters()
-    here = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters if p.requires_grad}
+def _check_model(tensors: CheckpointTensors, engine: Any, thawed: Collection[str]) -> None:
+    parameters = dict(engine.module.named_parameters())
+    here = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items() if p.requires_grad}
     there = {name: shape for (name, kind), shape in tensors.shapes.items() if kind == MASTER}
-    if differing := sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name)):
+    if frozen := sorted(name for name in there.keys() - here.keys() if name in parameters):
+        raise DataError(
+            f"the checkpoint holds {len(frozen)} trained parameters that are frozen now, such as {frozen[0]}",
+            where=str(tensors.directory),
+            hint="leave `freeze` as it was, or export the checkpoint and start a new run from that model",
+        )
+    expected = {name: shape for name, shape in here.items() if name in there or name not in thawed}
+    if differing := sorted(name for name in expected.keys() | there.keys() if expected.get(name) != there.get(name)):
         first = differing[0]
         raise DataError(
             f"the checkpoint is of another model: {len(differing)} parameters differ; {first} has shape "
-            f"{there.get(first)} in the checkpoint and {here.get(first)} in the model",
+            f"{there.get(first)} in the checkpoint and {expected.get(first)} in the model",
             where=str(tensors.directory),
             hint="bring the old model back, or give the run a new name to start again",
         )
 
 
-def _load_holder(
-    holder: Holder, tensors: CheckpointTensors, optimizer: torch.optim.Optimizer, optimizer_step: int
-) -> None:
-    _fill(holder.tensor, MASTER, holder, tensors)
-    if not optimizer_step or not holder.pieces:
+def _load_holder(holder: Holder, tensors: CheckpointTensors, optimizer: torch.optim.Optimizer) -> None:
+    names = {piece.name for piece in holder.pieces}
+    if not names & tensors.num_updates.keys():  # padding alone, or parameters that are trained from now on
         return
-    state = optimizer.state[holder.tensor]
-    state["step"] = _step_counter(optimizer, holder.tensor, optimizer_step)
-    for kind in tensors.moments(holder.pieces[0].name):
-        shape = tensors.shapes[holder.pieces[0].name, kind]
-        if shape != holder.pieces[0].shape:
-            state[kind] = tensors.whole(holder.pieces[0].name, kind).to(holder.tensor.device)
-            continue
-        if kind not in state:
-            state[kind] = torch.zeros_like(holder.tensor)
-        _fill(state[kind], kind, holder, tensors)
+    _fill(holder.tensor, MASTER, holder, tensors)
+    first = holder.pieces[0]
+    kinds = tensors.moments(first.name)
+    for kind in kinds:
+        if tensors.shapes[first.name, kind] != first.shape:  # factored
+            moment = tensors.whole(first.name, kind)
+        else:
+            moment = torch.zeros(holder.tensor.shape)
+            _fill(moment, kind, holder, tensors)
+        write_moment(optimizer, holder.tensor, kind, moment)
+    # Parameters in one holder are trained since the same step (engine/groups.py).
+    (num_updates,) = {tensors.num_updates[name] for name in names}
+    if kinds and num_updates is not None:
+        set_num_updates(optimizer, holder.tensor, num_updates)
 
 
 def _fill(target: Tensor, kind: str, holder: Holder, tensors: CheckpointTensors) -> None:
@@ -298,11 +315,3 @@ def _fill(target: Tensor, kind: str, holder: Holder, tensors: CheckpointTensors)
         flat = target.view(-1)
         for piece in holder.pieces:
             flat[piece.offset : piece.offset + piece.numel] = tensors.read(piece.name, kind, piece.start, piece.numel)
-
-
-def _step_counter(optimizer: torch.optim.Optimizer, parameter: Tensor, step: int) -> Tensor | int:
-    """The step count in the form the optimizer keeps it: a float tensor in torch, an int in DeepSpeed's CPU Adam."""
-    if not type(optimizer).__module__.startswith("torch."):
-        return step
-    fused = optimizer.defaults.get("fused")
-    return torch.tensor(float(step), device=parameter.device if fused else "cpu")

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 HELP = "Check versions, accelerator, compilers, compiled extensions, loopback network and a 2-process all-reduce."
 EXAMPLE = "harness doctor --build-ops cpu_adam"
 
-OPS = ("cpu_adam", "async_io")
+OPS = ("cpu_adam", "fused_adam", "async_io")
 _ALL_REDUCE_LIMIT_S = 120
 _COMPILERS = ("ninja", "cc1plus", "nvcc", "cicc")
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=OPS,
         metavar="OP",
         help=f"compile DeepSpeed ops now, so that no rank has to: {', '.join(OPS)} (cpu_adam serves offload, "
-        "async_io NVMe offload); without a name, cpu_adam",
+        "fused_adam optimizer.implementation: deepspeed, async_io NVMe offload); without a name, cpu_adam",
     )
 
 

@@ -49,16 +49,16 @@ def describe(model: str, directory: Path, scores: dict[str, Any]) -> str:
     """The scores of an evaluation with what must be told with them."""
     from harness.evaluation.scores import LABELS
 
-    beam = scores["beam"]
-    lines = [
-        f"{model}: {scores['sentences']:,} sentences in {scores['decode_seconds']:.1f} s; beam {beam['beam_size']}, "
-        f"length penalty {beam['length_penalty']:g}, at most {beam['max_length']} tokens"
-    ]
+    lines = [f"{model}: {scores['sentences']:,} rows in {scores['decode_seconds']:.1f} s"]
+    if beam := scores.get("beam"):
+        search = f"beam {beam['beam_size']}, length penalty {beam['length_penalty']:g}"
+        lines[0] += f"; {search}, at most {beam['max_length']} tokens"
     for name, label in LABELS.items():
         if name in scores:
             value = "not finite" if scores[name] is None else f"{scores[name]:.{2 if name in METRICS else 4}f}"
-            lines.append(f"{label:<6} {value:>10}  {scores['signatures'].get(name, 'per target token')}")
-    return "\n".join([*lines, f"hypotheses.txt, scores.json and report.html are in {directory}"])
+            lines.append(f"{label:<8} {value:>10}  {scores['signatures'].get(name, '')}".rstrip())
+    files = ", ".join(sorted(path.name for path in directory.iterdir()))
+    return "\n".join([*lines, f"{files} are in {directory}"])
 
 
 def _given_set(args: argparse.Namespace) -> tuple[str, Any, None]:

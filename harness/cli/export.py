@@ -9,8 +9,8 @@ from pathlib import Path
 from harness.cli.common import DTYPES, add_run_directory, existing_run_directory
 
 HELP = (
-    "Write a checkpoint of a run as a Hugging Face directory. It is loaded again with plain transformers and compared\n"
-    "with the checkpoint before it is called done."
+    "Write a checkpoint of a run as a Hugging Face directory, or its adapter as one of PEFT. It is loaded again with the\n"
+    "plain libraries and compared with the checkpoint before it is called done."
 )
 EXAMPLE = "harness export runs/enro enro-model --step 2000 --dtype float32"
 
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step", type=int, metavar="N", help="a step with a checkpoint (default: the best, else the last)"
     )
+    parser.add_argument("--merge", action="store_true", help="add the adapter into the weights of its base")
     parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: model.dtype of the run)")
 
 
@@ -33,16 +34,19 @@ def run(args: argparse.Namespace) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("is there already, and not an empty directory", where=str(args.out), hint="name a new one")
     config = Plan.from_json(read_json(run_dir / "plan.json")).config
+    if args.merge and config.adapter is None:
+        raise ConfigError("the run has no adapter", where="--merge", hint="leave it out")
     if args.dtype:
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": args.dtype})})
 
     from harness.training.finish import choose_checkpoint, export_checkpoint
-    from harness.training.prepare import build_task
+    from harness.training.prepare import build_task, with_prepared_labels
 
     checkpoint = choose_checkpoint(run_dir, args.step)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        export_checkpoint(checkpoint, config, build_task(config), out)
+        config = with_prepared_labels(config, run_dir)
+        export_checkpoint(checkpoint, config, build_task(config), out, merge=args.merge)
     except OSError as error:
         kind = ResourceError if error.errno == errno.ENOSPC else ConfigError
         raise kind(f"cannot be written: {error.strerror}", where=str(args.out)) from error

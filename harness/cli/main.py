@@ -20,6 +20,7 @@ VERBS: dict[str, str] = {
     "schema": "JSON Schema of the run file, for completion in editors",
     "evaluate": "decode a test set and score it",
     "translate": "translate standard input line by line",
+    "predict": "classify the lines of standard input or the rows of a file",
     "export": "write a run's model as a Hugging Face directory",
     "status": "what a run is doing",
     "stop": "ask a run to save and stop",

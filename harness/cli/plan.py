@@ -31,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     from harness.config.load import load_run_config
     from harness.io.accelerator import accelerator, host_memory_bytes, num_devices
     from harness.plan import advice, report
-    from harness.plan.parameters import model_json, parameter_shapes
+    from harness.plan.held import held_weights
+    from harness.plan.parameters import model_json, model_tensors
     from harness.plan.plan import make_plan
 
     device_bytes = advice.parse_bytes(args.device_memory) if args.device_memory else None
@@ -45,10 +46,11 @@ def run(args: argparse.Namespace) -> int:
     plan = make_plan(config, world_size=per_node * args.nodes)
     candidates = []
     model = model_json(config.model.path or config.model.config or "")
-    if model is not None:
+    tensors = None if model is None else model_tensors(model, config.task, config.classification)
+    if model is not None and tensors is not None:
         candidates = advice.candidates(
             config,
-            parameter_shapes(model),
+            held_weights(config, model, tensors),
             world_size=plan.world_size,
             device_bytes=device_bytes,
             logits_bytes=plan.logits_bytes or 0,

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     if (args.n_best or 1) > beam_size:
         hint = f"--beam-size {args.n_best}"
         raise ConfigError(f"{args.n_best} outputs need as many beams, not {beam_size}", where="--n-best", hint=hint)
-    translator = open_translator(subject.config, args.n_best or 1)
+    translator = open_translator(subject, args.n_best or 1)
     number = 0
     for lines in line_blocks(sys.stdin.buffer):
         texts = [decoded(line, number + place) for place, line in enumerate(lines, start=1)]

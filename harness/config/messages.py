@@ -46,6 +46,25 @@ SYNONYMS: dict[str, str] = {
     "num_gpus": "launch.processes",
     "zero_stage": "deepspeed.preset",
     "stage": "deepspeed.preset",
+    "lora_r": "adapter.rank",
+    "lora_rank": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_target_modules": "adapter.targets",
+    "target_modules": "adapter.targets",
+    "peft_type": "adapter.method",
+    "load_in_4bit": "model.quantization",
+    "load_in_8bit": "model.quantization",
+    "bnb_4bit_quant_type": "model.quantization.type",
+    "bnb_4bit_use_double_quant": "model.quantization.double",
+    "bnb_4bit_compute_dtype": "model.quantization.compute_dtype",
+    "bnb_4bit_quant_storage": "model.quantization.storage_dtype",
+    "neftune_noise_alpha": "model.neftune_alpha",
+    "max_seq_length": "data.max_length",
+    "block_size": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "num_labels": "classification.labels",
+    "problem_type": "classification.problem",
 }
 
 
@@ -54,11 +73,11 @@ def explain(error: ValidationError, document: dict[str, Any]) -> list[tuple[KeyP
     by_key: dict[KeyPath, list[ErrorDetails]] = {}
     for details in error.errors(include_url=False):
         by_key.setdefault(_key_path(details, document), []).append(details)
-    sections = {key[:-1] for key, found in by_key.items() if found[0]["type"] in ("extra_forbidden", "missing")}
+    around = {key[:length] for key in by_key for length in range(len(key))}
     explained = []
     for key, found in by_key.items():
-        if len(found) == 1 and key in sections and isinstance(found[0]["input"], dict):
-            continue  # "must be a string" beside an error inside the section that was written
+        if key in around and isinstance(found[0]["input"], dict | list):
+            continue  # "must be a string" beside an error inside the section or list that was written
         complaints = " or ".join(dict.fromkeys(_complaint(details, key) for details in found))
         explained.append((key, complaints + _got(found[0])))
     return explained

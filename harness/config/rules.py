@@ -7,11 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from harness.config.deepspeed import Problem, document_problems, merged_document, zero_stage
+from harness.config.deepspeed import (
+    OffloadDevice,
+    Problem,
+    document_problems,
+    merged_document,
+    offload_device,
+    zero_stage,
+)
+from harness.config.model_rules import model_problems
 from harness.config.schema import DataSource, RunConfig
+from harness.config.task_rules import decodes, task_problems
 from harness.io.accelerator import Accelerator
 
-_DECODED_METRICS = ("bleu", "chrf", "ter")
+_WHOLE_MATRICES = {
+    "adafactor": "factors the second moment of matrices",
+    "muon": "orthogonalises the momentum of matrices",
+}
 
 
 def contradictions(config: RunConfig, accelerator: Accelerator) -> list[Problem]:
@@ -24,11 +36,19 @@ def contradictions(config: RunConfig, accelerator: Accelerator) -> list[Problem]
         *_schedule(config),
         *_evaluation(config),
         *_early_stopping(config),
+        *task_problems(config),
+        *model_problems(config, accelerator),
         *deepspeed,
     ]
     if not deepspeed:
-        problems += _optimizer(config)
+        problems += stage_problems(config)
     return problems
+
+
+def stage_problems(config: RunConfig) -> Iterator[Problem]:
+    """What cannot be done with the ZeRO stage and offload of a DeepSpeed document that is right in itself."""
+    yield from _optimizer(config)
+    yield from _adapter(config)
 
 
 def _model(config: RunConfig, accelerator: Accelerator) -> Iterator[Problem]:
@@ -56,7 +76,9 @@ def _sources(config: RunConfig) -> Iterator[Problem]:
     ]
     for key, source in named:
         pair = (source.source is not None) + (source.target is not None)
-        if source.path is None and pair == 0:
+        if data.format != "pairs":
+            yield from _one_file(key, source, data.format)
+        elif source.path is None and pair == 0:
             yield key, "needs `path`, or `source` and `target`"
         elif source.path is not None and pair:
             yield key, "has `path` as well as `source` or `target`: keep `path`, or the pair"
@@ -67,10 +89,19 @@ def _sources(config: RunConfig) -> Iterator[Problem]:
             yield f"data.{name}", "is empty: name a file, or null"
 
 
+def _one_file(key: str, source: DataSource, row_format: str) -> Iterator[Problem]:
+    if source.path is None or source.source is not None or source.target is not None:
+        yield key, f"needs `path`, and only that: with `data.format` {row_format} all of a row is in one file"
+    for name in ("source_language", "target_language"):
+        if getattr(source, name) is not None:
+            yield f"{key}.{name}", f"has no meaning with `data.format` {row_format}: remove it"
+
+
 def _batch(config: RunConfig) -> Iterator[Problem]:
     data, batch = config.data, config.batch
-    longest = max(data.max_source_length, data.max_target_length)
-    name = "max_source_length" if longest == data.max_source_length else "max_target_length"
+    names = ("max_source_length", "max_target_length") if config.task == "translation" else ("max_length",)
+    name = max(names, key=lambda name: getattr(data, name))
+    longest = getattr(data, name)
     for key in ("max_tokens_per_device", "tokens_per_step"):
         tokens = getattr(batch, key)
         if tokens < longest:
@@ -99,14 +130,31 @@ def _schedule(config: RunConfig) -> Iterator[Problem]:
 
 
 def _optimizer(config: RunConfig) -> Iterator[Problem]:
-    document = merged_document(config.deepspeed)
-    stage = zero_stage(document)
-    if config.optimizer.name == "adafactor" and stage > 0:
-        yield (
-            "optimizer.name",
-            f"adafactor factors the second moment of matrices, and ZeRO stage {stage} cuts them into flat pieces: "
-            "set `deepspeed.preset` to zero0, or use adamw",
+    document, optimizer = merged_document(config.deepspeed), config.optimizer
+    offload = offload_device(document, "optimizer")
+    if problem := optimizer_problem(optimizer.name, stage=zero_stage(document), offload=offload):
+        yield "optimizer.name", problem
+    if optimizer.implementation != "auto" and optimizer.name != "adamw":
+        yield "optimizer.implementation", f"only adamw has two, and this is {optimizer.name}: remove it"
+    if optimizer.head_lr is not None and config.task != "classification":
+        yield "optimizer.head_lr", f"only classification makes a new head, and this is {config.task}: remove it"
+
+
+def optimizer_problem(name: str, *, stage: int, offload: OffloadDevice) -> str | None:
+    """Why an optimizer cannot be used at a ZeRO stage, None if it can. What is refused gave wrong steps, or none."""
+    if name in _WHOLE_MATRICES and stage > 0:
+        return (
+            f"{name} {_WHOLE_MATRICES[name]}, and ZeRO stage {stage} cuts them into flat pieces: "
+            "set `deepspeed.preset` to zero0, or use adamw"
         )
+    if name != "adamw" and offload == "nvme":
+        return f"DeepSpeed swaps the states of adamw to NVMe, not those of {name}: use adamw, or offload to cpu"
+    return None
+
+
+def _adapter(config: RunConfig) -> Iterator[Problem]:
+    """Adapters and quantised bases that a ZeRO stage cannot train."""
+    yield from ()
 
 
 def _evaluation(config: RunConfig) -> Iterator[Problem]:
@@ -117,13 +165,14 @@ def _evaluation(config: RunConfig) -> Iterator[Problem]:
         yield "evaluation.every_steps", "there are no rows to score: set `data.validation`, or remove it"
     if len(set(evaluation.metrics)) < len(evaluation.metrics):
         yield "evaluation.metrics", "names a metric twice"
-    tokens = evaluation.max_tokens_per_device
-    needed = evaluation.beam_size * data.max_source_length
-    if tokens is not None and tokens < needed:
+    name = "max_source_length" if config.task == "translation" else "max_length"
+    tokens, longest = evaluation.max_tokens_per_device, getattr(data, name)
+    needed = evaluation.beam_size * longest
+    if tokens is not None and tokens < needed and decodes(config):
         yield (
             "evaluation.max_tokens_per_device",
-            f"{tokens} is less than one longest row: beam_size {evaluation.beam_size} x `data.max_source_length` "
-            f"{data.max_source_length}: raise it to {needed}",
+            f"{tokens} is less than one longest row: beam_size {evaluation.beam_size} x `data.{name}` {longest}: "
+            f"raise it to {needed}",
         )
 
 
@@ -137,5 +186,5 @@ def _early_stopping(config: RunConfig) -> Iterator[Problem]:
         yield "early_stopping", "the model is never scored, `evaluation` is null: add that section with `every_steps`"
     elif evaluation.every_steps is None:
         yield "early_stopping", "the model is scored only at the end: set `evaluation.every_steps`"
-    elif stopping.metric in _DECODED_METRICS and stopping.metric not in evaluation.metrics:
+    elif stopping.metric not in ("loss", "nll", *evaluation.metrics):
         yield "early_stopping.metric", f"{stopping.metric} is not scored: add it to `evaluation.metrics`"

@@ -85,40 +85,51 @@ def beam_search(
     input_ids_BS: Tensor,
     attention_mask_BS: Tensor,
     *,
-    decoder_start_B: Tensor,
-    forced_first: int | Sequence[int] | None,
+    decoder_start_B: Tensor | None = None,
+    forced_first: int | Sequence[int] | None = None,
+    pad: int | None = None,
+    ends: Sequence[int] = (),
     settings: BeamSettings,
     synced: bool,
 ) -> list[list[Hypothesis]]:
     """The `settings.num_hypotheses` best outputs of each of B rows, best first.
 
-    `model` is a Hugging Face encoder-decoder (`engine.module` under DeepSpeed). `forced_first` is the token that every
-    output, or each row's output, must begin with. `synced`: parameters are shared between ranks (ZeRO-3), so every
-    rank must make the same number of calls and goes on with the others until the last one has finished.
+    `model` is a Hugging Face model (`engine.module` under DeepSpeed), perhaps with an adapter. Without
+    `decoder_start_B` it is a decoder that goes on with the prompts `input_ids_BS`, padded at their start.
+    `forced_first` is the token that every output, or each row's output, must begin with; `pad` and `ends` are the
+    padding and the tokens that end an output (default: those of config.json). `synced`: parameters are shared between
+    ranks (ZeRO-3), so every rank must make the same number of calls and goes on with the others until the last one has
+    finished.
     """
-    pad, ends = model.config.pad_token_id, _as_list(model.config.eos_token_id)
+    pad = model.config.pad_token_id if pad is None else pad
+    ends = list(ends) or _as_list(model.config.eos_token_id)
+    num_before = 1 if decoder_start_B is not None else input_ids_BS.shape[1]
     limits_B = None
     if settings.max_length_ratio is not None:
         limits_B = (attention_mask_BS.sum(dim=1) * settings.max_length_ratio).long() + EXTRA_LENGTH
-    constraints = _Constraints(pad, ends[0], forced_first, limits_B, settings.beam_size)
+    constraints = _Constraints(pad, ends, forced_first, limits_B, settings.beam_size, num_before)
     greedy = _GreedyScores(constraints, ends, settings.length_penalty) if settings.beam_size == 1 else None
-    with _prepared(model, _generation_settings(model, decoder_start_B, settings)), _finished_beams(model) as scores:
+    generation = _generation_settings(decoder_start_B, pad, ends, settings)
+    with _prepared(model, generation), _finished_beams(_without_adapter(model)) as scores:
         sequences = model.generate(
             input_ids=input_ids_BS,
             attention_mask=attention_mask_BS,
             logits_processor=[greedy or constraints],
             synced_gpus=synced,
         )
-    num_prefix = 1 if forced_first is None else 2
+    num_prefix = num_before + (forced_first is not None)
     outputs = [_cut(tokens[num_prefix:], {pad, *ends}) for tokens in sequences.tolist()]
     best_BN = greedy.scores().unsqueeze(1) if greedy else scores[-1][:, : settings.num_hypotheses]
     flat = [Hypothesis(*pair) for pair in zip(outputs, best_BN.flatten().tolist(), strict=True)]
     return [flat[start : start + settings.num_hypotheses] for start in range(0, len(flat), settings.num_hypotheses)]
 
 
-def _generation_settings(model: Any, decoder_start_B: Tensor, settings: BeamSettings) -> dict[str, Any]:
+def _generation_settings(
+    decoder_start_B: Tensor | None, pad: int, ends: Sequence[int], settings: BeamSettings
+) -> dict[str, Any]:
     """Everything `generate` is told besides `_Constraints`."""
-    return {
+    start = {} if decoder_start_B is None else {"decoder_start_token_id": decoder_start_B.tolist()}
+    return start | {
         "num_beams": settings.beam_size,
         "num_return_sequences": settings.num_hypotheses,
         "length_penalty": settings.length_penalty if settings.beam_size > 1 else None,
@@ -126,41 +137,53 @@ def _generation_settings(model: Any, decoder_start_B: Tensor, settings: BeamSett
         "early_stopping": False,
         "do_sample": False,
         "use_cache": True,
-        "decoder_start_token_id": decoder_start_B.tolist(),
-        "pad_token_id": model.config.pad_token_id,
-        "eos_token_id": model.config.eos_token_id,
+        "pad_token_id": pad,
+        "eos_token_id": list(ends),
     }
+
+
+def _without_adapter(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextmanager
 def _prepared(model: Any, settings: dict[str, Any]) -> Iterator[None]:
     """The model in evaluation mode with a generation config of nothing but `settings`; both put back afterwards."""
-    own_config, was_training = model.generation_config, model.training
-    model.generation_config = type(own_config)(**settings)
+    base = _without_adapter(model)
+    own_config, was_training = base.generation_config, model.training
+    base.generation_config = model.generation_config = type(own_config)(**settings)
     model.eval()
     try:
         yield
     finally:
-        model.generation_config = own_config
+        base.generation_config = model.generation_config = own_config
         model.train(was_training)
 
 
 class _Constraints:
     """Logits processor: each row's first output token may be given (log p = 0), a row that has reached its own length
-    limit ends (log p of </s> = 0), and padding is never an output.
+    limit ends (log p of </s> = 0), and padding is never an output, unless it is what ends one.
 
-    Marian needs the last: its padding embedding is also the decoder start and may win.
+    Marian needs the last: its padding embedding is also the decoder start and may win. `num_before` tokens stand
+    before the first output.
     """
 
     def __init__(
-        self, pad: int, eos: int, forced_first: int | Sequence[int] | None, limits_B: Tensor | None, beam_size: int
+        self,
+        pad: int,
+        ends: Sequence[int],
+        forced_first: int | Sequence[int] | None,
+        limits_B: Tensor | None,
+        beam_size: int,
+        num_before: int,
     ) -> None:
-        self.pad, self.eos, self.limits_B, self.beam_size = pad, eos, limits_B, beam_size
+        self.never = torch.tensor([] if pad in ends else [pad], dtype=torch.long)
+        self.eos, self.limits_B, self.beam_size, self.num_before = ends[0], limits_B, beam_size, num_before
         self.forced_first = None if forced_first is None else torch.as_tensor(forced_first)
 
     def __call__(self, tokens: Tensor, scores: Tensor) -> Tensor:
-        if self.forced_first is None or tokens.shape[1] > 1:
-            allowed = scores.index_fill(1, torch.tensor(self.pad, device=scores.device), -torch.inf)
+        if self.forced_first is None or not self.is_first(tokens):
+            allowed = scores.index_fill(1, self.never.to(scores.device), -torch.inf)
             is_last = self.is_last(tokens)
             allowed[is_last] = -torch.inf
             allowed[is_last, self.eos] = 0.0
@@ -169,22 +192,27 @@ class _Constraints:
         first = rows.repeat_interleave(self.beam_size).unsqueeze(1)
         return torch.full_like(scores, -torch.inf).scatter_(1, first, 0.0)
 
+    def is_first(self, tokens: Tensor) -> bool:
+        """Whether the outputs are still empty."""
+        return tokens.shape[1] == self.num_before
+
     def is_last(self, tokens: Tensor) -> Tensor:
         """Which of the B x beams running outputs must end now."""
         if self.limits_B is None:
             return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-        return (tokens.shape[1] >= self.limits_B).repeat_interleave(self.beam_size)
+        num_outputs = tokens.shape[1] - self.num_before + 1
+        return (num_outputs >= self.limits_B).repeat_interleave(self.beam_size)
 
 
 class _GreedyScores:
     """Logits processor around `_Constraints`: adds up log p of the tokens that greedy search takes."""
 
-    def __init__(self, constraints: _Constraints, ends: list[int], length_penalty: float) -> None:
+    def __init__(self, constraints: _Constraints, ends: Sequence[int], length_penalty: float) -> None:
         self.constraints, self.ends, self.length_penalty = constraints, torch.tensor(ends), length_penalty
 
     def __call__(self, tokens: Tensor, scores: Tensor) -> Tensor:
         allowed = self.constraints(tokens, scores)
-        is_first = tokens.shape[1] == 1
+        is_first = self.constraints.is_first(tokens)
         log_p_B = allowed.amax(-1) - scores.logsumexp(-1)
         if is_first and self.constraints.forced_first is not None:
             log_p_B = torch.zeros_like(log_p_B)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 
-from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder, FusedAdamBuilder
 
-BUILDERS = {"cpu_adam": CPUAdamBuilder, "async_io": AsyncIOBuilder}
+BUILDERS = {"cpu_adam": CPUAdamBuilder, "fused_adam": FusedAdamBuilder, "async_io": AsyncIOBuilder}
 
 
 def main() -> int:

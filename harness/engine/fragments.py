@@ -1,9 +1,10 @@
 """Where a rank keeps its share of the float32 master weights and optimizer moments, whatever the ZeRO stage.
 
-DeepSpeed lays them out in four ways: whole parameters (stage 0, float32), float32 copies of whole parameters
-(stage 0, mixed precision), a slice of a flat buffer per parameter group (stages 1, 2; under two names), and this rank's
-shard of every parameter in flat sub-groups (stage 3, perhaps swapped to NVMe). Here each becomes a list of `Holder`s:
-one tensor that the optimizer updates, and the pieces of parameters that lie in it.
+DeepSpeed lays them out in five ways: whole parameters (stage 0, float32), float32 copies of whole parameters (stage 0,
+mixed precision), a flat float32 copy of each parameter group (the same with its own fused Adam), a slice of such a
+buffer (stages 1, 2; under two names), and this rank's shard of every parameter in flat sub-groups (stage 3, perhaps
+swapped to NVMe). Here each becomes a list of `Holder`s: one tensor that the optimizer updates, and the pieces of
+parameters that lie in it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from harness.engine.moments import num_updates
 
 MASTER = "master"
 
@@ -37,16 +40,17 @@ class Holder:
     tensor: Tensor
     pieces: list[Piece]
     resident: Callable[[bool], AbstractContextManager[None]] = lambda write: nullcontext()
+    counted_with: tuple[Tensor, ...] = ()  # DeepSpeed's fused Adam counts its updates at the last tensor of a group
 
     @property
     def numel(self) -> int:
         """Elements of parameters in it, whether it is in memory or not."""
         return sum(piece.numel for piece in self.pieces)
 
-    def moments(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """The optimizer's tensors of this holder without its step count; empty before the first step."""
-        state = optimizer.state.get(self.tensor, {})
-        return {k: v for k, v in state.items() if k != "step" and torch.is_tensor(v) and v.is_floating_point()}
+    def num_updates(self, optimizer: torch.optim.Optimizer) -> int | None:
+        """Updates so far, for bias correction; None if the optimizer does not count them, or has done none."""
+        counts = [num_updates(optimizer, tensor) for tensor in (self.tensor, *self.counted_with)]
+        return max((count for count in counts if count is not None), default=None)
 
 
 def holders(engine: Any) -> list[Holder]:
@@ -63,7 +67,15 @@ def holders(engine: Any) -> list[Holder]:
         pairs = [pair for ours, theirs in zip(zero.fp16_groups, zero.fp32_groups, strict=True)
                  for pair in zip(ours, theirs, strict=True)]  # fmt: skip
         return [_whole(names[id(parameter)], master) for parameter, master in pairs]
-    return [_whole(names[id(p)], p) for group in zero.param_groups for p in group["params"]]
+    if hasattr(zero, "fp32_groups_flat"):
+        return [
+            _flattened(group, flat, names) for group, flat in zip(zero.fp16_groups, zero.fp32_groups_flat, strict=True)
+        ]
+    return [
+        _whole(names[id(p)], p, counted_with=tuple(group["params"]))
+        for group in zero.param_groups
+        for p in group["params"]
+    ]
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:
@@ -75,11 +87,6 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
 def is_replicated(engine: Any) -> bool:
     """True when every rank holds everything (ZeRO stage 0)."""
     return int(engine.zero_optimization_stage()) == 0
-
-
-def applied_steps(engine: Any) -> int:
-    """Optimizer updates applied so far, as the optimizer itself counts them (for bias correction)."""
-    return max((int(state["step"]) for state in base_optimizer(engine).state.values() if "step" in state), default=0)
 
 
 def start_from(engine: Any, weights: dict[str, Tensor]) -> None:
@@ -116,10 +123,23 @@ def publish_masters(engine: Any) -> None:
         for ours, theirs in zip(zero.fp16_groups, zero.fp32_groups, strict=True):
             for parameter, master in zip(ours, theirs, strict=True):
                 parameter.data.copy_(master.data)
+    elif hasattr(zero, "fp32_groups_flat"):
+        for parameters, flat in zip(zero.fp16_groups, zero.fp32_groups_flat, strict=True):
+            for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                parameter.data.copy_(part.data.view_as(parameter))
 
 
-def _whole(name: str, tensor: Tensor) -> Holder:
-    return Holder(tensor, [Piece(name, tuple(tensor.shape), 0, tensor.numel(), 0)])
+def _whole(name: str, tensor: Tensor, counted_with: tuple[Tensor, ...] = ()) -> Holder:
+    pieces = [Piece(name, tuple(tensor.shape), 0, tensor.numel(), 0)]
+    return Holder(tensor, pieces, counted_with=counted_with)
+
+
+def _flattened(parameters: list[Any], flat: Tensor, names: dict[int, str]) -> Holder:
+    pieces, offset = [], 0
+    for parameter in parameters:
+        pieces.append(Piece(names[id(parameter)], tuple(parameter.shape), 0, parameter.numel(), offset))
+        offset += parameter.numel()
+    return Holder(flat, pieces)
 
 
 def _partitioned(groups: list[Any], flats: list[Tensor], names: dict[int, str]) -> list[Holder]:

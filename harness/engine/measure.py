@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.engine.fragments import holders, is_replicated
+from harness.engine.fragments import base_optimizer, holders, is_replicated
 from harness.engine.processes import Processes
 
 
@@ -18,6 +18,16 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def optimizer_bytes(engine: Any) -> int:
+    """What this rank's masters and moments take, as they are stored."""
+    state = base_optimizer(engine).state
+    found = 0
+    for holder in holders(engine):
+        parts = (part for part in state.get(holder.tensor, {}).values() if torch.is_tensor(part))
+        found += sum(part.nbytes for part in (holder.tensor, *parts))
+    return found
 
 
 def copy_masters(engine: Any) -> list[Tensor]:

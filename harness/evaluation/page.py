@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
 from html import escape
 from typing import Any
@@ -67,7 +67,7 @@ box.addEventListener("input", () => {
   const wanted = box.value.toLowerCase().trim();
   let found = 0;
   for (const [item, text] of items) { item.hidden = !text.includes(wanted); found += !item.hidden; }
-  shown.textContent = wanted ? `${found} of ${items.length} sentences` : "";
+  shown.textContent = wanted ? `${found} of ${items.length}` : "";
 });
 """
 
@@ -90,6 +90,11 @@ def render_page(
         _sentences("worst", rows, worst),
         *_all_sentences(rows),
     ]
+    return html_page(title, parts)
+
+
+def html_page(title: str, parts: Iterable[str]) -> str:
+    """A self-contained page of HTML parts, with the style and the search script of an evaluation."""
     return (
         "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
@@ -105,12 +110,6 @@ def _head(title: str, summary: dict[str, Any]) -> str:
     num, seconds, beam = summary["sentences"], summary["decode_seconds"], summary["beam"]
     speed = f" ({num / seconds:,.1f} a second)" if seconds > 0 else ""
     search = f"beam search with {beam['beam_size']} beams" if beam["beam_size"] > 1 else "greedy search"
-    cards = "".join(
-        f"<li><small>{escape(LABELS[name])}</small><b>{_number(summary[name], name in summary['signatures'])}</b>"
-        f"<small>{'higher' if HIGHER_IS_BETTER[name] else 'lower'} is better</small></li>"
-        for name in LABELS
-        if name in summary
-    )
     signatures = {
         LABELS[name]: [f"<code>{escape(signature)}</code><div class='soft'>{escape(details)}</div>"]
         for name, signature in summary["signatures"].items()
@@ -120,9 +119,20 @@ def _head(title: str, summary: dict[str, Any]) -> str:
         f"<h1>{escape(title)}</h1><p class='soft'>{num:,} sentences. {search.capitalize()}, length penalty "
         f"{beam['length_penalty']:g}, at most {beam['max_length']} tokens an output. "
         f"Decoded in {seconds:,.1f} s{speed}.</p>"
-        f"<ul class='cards'>{cards}</ul>"
-        + _table(signatures, caption="sacreBLEU's signatures, to be quoted with the scores", kind="wide")
+        + cards(summary)
+        + table(signatures, caption="sacreBLEU's signatures, to be quoted with the scores", kind="wide")
     )
+
+
+def cards(summary: Mapping[str, Any]) -> str:
+    """Every score of a scores.json, large."""
+    items = "".join(
+        f"<li><small>{escape(LABELS[name])}</small><b>{_number(summary[name], name in summary['signatures'])}</b>"
+        f"<small>{'higher' if HIGHER_IS_BETTER[name] else 'lower'} is better</small></li>"
+        for name in LABELS
+        if name in summary
+    )
+    return f"<ul class='cards'>{items}</ul>"
 
 
 def _number(value: float | None, is_score: bool) -> str:
@@ -140,7 +150,7 @@ def _lengths(sources: Sequence[str], references: Sequence[str], hypotheses: Sequ
         lines[name] = [f"{len(rows):,}", *values, f"{ratio:.2f}"]
     heads = ["Source characters", "Sentences", *(LABELS[name] for name in metrics), "Length ratio"]
     caption = "Length ratio: characters of the outputs for each character of the references"
-    return "<h2>By length of the source</h2>" + _table(lines, heads, caption)
+    return "<h2>By length of the source</h2>" + table(lines, heads, caption)
 
 
 def length_groups(lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -164,7 +174,7 @@ def _distribution(chrf: Sequence[float]) -> str:
         for index, count in enumerate(counts)
     }
     heads = ["chrF2", "Sentences", ""]
-    return "<h2>Sentence scores</h2>" + _table(lines, heads, "Sentences by their own chrF2", kind="bars")
+    return "<h2>Sentence scores</h2>" + table(lines, heads, "Sentences by their own chrF2", kind="bars")
 
 
 def _oddities(sources: Sequence[str], references: Sequence[str], hypotheses: Sequence[str]) -> str:
@@ -176,7 +186,7 @@ def _oddities(sources: Sequence[str], references: Sequence[str], hypotheses: Seq
         "Repeat of the output of an earlier, different source": _num_repeats(sources, hypotheses),
     }
     lines = {name: [f"{count:,}", f"{100 * count / len(pairs):.1f} %"] for name, count in counts.items()}
-    return "<h2>Outputs to know about</h2>" + _table(lines, ["Output", "Sentences", "Share"])
+    return "<h2>Outputs to know about</h2>" + table(lines, ["Output", "Sentences", "Share"])
 
 
 def _num_repeats(sources: Sequence[str], hypotheses: Sequence[str]) -> int:
@@ -184,7 +194,7 @@ def _num_repeats(sources: Sequence[str], hypotheses: Sequence[str]) -> int:
     return len(set(zip(sources, hypotheses, strict=True))) - len(set(hypotheses))
 
 
-def _table(lines: Mapping[str, Sequence[str]], heads: Sequence[str] = (), caption: str = "", kind: str = "") -> str:
+def table(lines: Mapping[str, Sequence[str]], heads: Sequence[str] = (), caption: str = "", kind: str = "") -> str:
     """An HTML table; the keys head the lines, the cells are HTML already."""
     body = "".join(
         f"<tr><th scope='row'>{escape(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
@@ -203,12 +213,17 @@ def _all_sentences(rows: Sequence[tuple[str, str, str, float]]) -> Iterator[str]
     yield f"<h2 id='all-heading'>All sentences{some}</h2>"
     if some:
         yield "<p class='soft'>hypotheses.txt has every output, line by line beside sources.txt and references.txt.</p>"
-    yield (
+    yield search_box("words of source, reference or output")
+    yield _sentences("all", rows, listed)
+
+
+def search_box(hint: str) -> str:
+    """For the list whose id is `all`."""
+    return (
         "<div class='search' role='search' hidden><label for='search'>Search</label>"
-        "<input id='search' type='search' autocomplete='off' placeholder='words of source, reference or output'>"
+        f"<input id='search' type='search' autocomplete='off' placeholder='{hint}'>"
         "<span id='shown' class='soft' role='status'></span></div>"
     )
-    yield _sentences("all", rows, listed)
 
 
 def _sentences(name: str, rows: Sequence[tuple[str, str, str, float]], chosen: Sequence[int]) -> str:

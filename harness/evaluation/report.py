@@ -17,6 +17,7 @@ from harness.evaluation.scores import Scores, one_line
 from harness.io.atomic import fsync_directory, write_json, write_text
 
 FILES = {"hypotheses.txt", "sources.txt", "references.txt", "scores.json", "report.html"}
+CLASS_FILES = {"predictions.jsonl", "confusion.tsv"}
 
 
 def write_evaluation(
@@ -31,13 +32,11 @@ def write_evaluation(
     losses: Mapping[str, float] | None = None,
     title: str | None = None,
 ) -> None:
-    """Write the evaluation under a temporary name, then rename; an older evaluation of that name is replaced.
+    """The files of decoded rows, committed by `write_directory`.
 
     Line i of the three text files is row i; line breaks inside a text become spaces. `losses` (loss, nll) are per
-    target token; `title` is the heading of the page (default: the directory's name). Raises HarnessError if
-    `directory` holds anything that is not an evaluation's, OSError if it cannot be written.
+    target token; `title` is the heading of the page (default: the directory's name).
     """
-    _refuse_other_files(directory)
     losses = losses or {}
     lines = {
         "sources": [one_line(text) for text in sources],
@@ -46,18 +45,39 @@ def write_evaluation(
     }
     summary = _summary(scores, settings, decode_seconds, losses, num_sentences=len(hypotheses))
     page = render_page(title or directory.name, summary, **lines)
+    files = {f"{name}.txt": "".join(text + "\n" for text in texts) for name, texts in lines.items()}
+    write_directory(directory, summary, {**files, "report.html": page})
+
+
+def write_directory(directory: Path, scores: Mapping[str, Any], files: Mapping[str, str]) -> None:
+    """Write scores.json and other files under a temporary name, then rename; an older evaluation is replaced.
+
+    Raises HarnessError if `directory` holds anything that is not an evaluation's, OSError if it cannot be written.
+    """
+    _refuse_other_files(directory)
     for leftover in directory.parent.glob(f".{directory.name}.*.tmp"):
         shutil.rmtree(leftover)
     temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}.tmp")
     try:
-        for name, texts in lines.items():
-            write_text(temporary / f"{name}.txt", "".join(text + "\n" for text in texts))
-        write_json(temporary / "scores.json", summary)
-        write_text(temporary / "report.html", page)
+        for name, text in files.items():
+            write_text(temporary / name, text)
+        write_json(temporary / "scores.json", scores)
         _replace(temporary, directory)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def write_losses(directory: Path, losses: Mapping[str, float], num_rows: int, seconds: float) -> None:
+    """scores.json of an evaluation that predicts nothing. Raises as `write_evaluation` does."""
+    _refuse_other_files(directory)
+    size = {"sentences": num_rows, "decode_seconds": round(seconds, 3)}
+    write_json(directory / "scores.json", {**finite(losses), "signatures": {}, **size})
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has no infinity."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _summary(
@@ -66,7 +86,7 @@ def _summary(
     """scores.json: the values under the same names as in metrics.jsonl (not finite: null), and what they depend on."""
     return {
         **scores.values,
-        **{name: value if math.isfinite(value) else None for name, value in losses.items()},
+        **finite(losses),
         "signatures": scores.signatures,
         "details": scores.details,
         "sentences": num_sentences,
@@ -77,7 +97,8 @@ def _summary(
 
 
 def _refuse_other_files(directory: Path) -> None:
-    foreign = sorted(path.name for path in directory.iterdir() if path.name not in FILES) if directory.exists() else []
+    present = {path.name for path in directory.iterdir()} if directory.exists() else set()
+    foreign = sorted(present - FILES - CLASS_FILES)
     if foreign:
         raise HarnessError(
             f"the directory holds files that are not an evaluation's: {', '.join(foreign[:5])}",

@@ -17,8 +17,12 @@ METRICS: dict[str, Callable[[str | None], Metric]] = {
     "chrf": lambda language: CHRF(),
     "ter": lambda language: TER(normalized=_is_asian(language), asian_support=_is_asian(language)),
 }
-LABELS = {"bleu": "BLEU", "chrf": "chrF2", "ter": "TER", "loss": "loss", "nll": "nll"}
-HIGHER_IS_BETTER = {"bleu": True, "chrf": True, "ter": False, "loss": False, "nll": False}
+LABELS = {
+    "bleu": "BLEU", "chrf": "chrF2", "ter": "TER", "accuracy": "accuracy", "macro_f1": "macro F1",
+    "micro_f1": "micro F1", "mcc": "MCC", "ece": "ECE", "rmse": "RMSE", "pearson": "Pearson", "spearman": "Spearman",
+    "loss": "loss", "nll": "nll",
+}  # fmt: skip
+HIGHER_IS_BETTER = {name: name not in ("ter", "ece", "rmse", "loss", "nll") for name in LABELS}
 
 
 @dataclass(frozen=True)

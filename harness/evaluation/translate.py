@@ -47,7 +47,7 @@ class Translator:
         sizes = [len(encoded[index].input_ids) for index in filled]
         for batch in decoding_batches(sizes, beam_size=self.settings.beam_size, max_tokens=self.max_tokens):
             chosen = [filled[place] for place in batch]
-            examples = [(encoded[i].input_ids, encoded[i].labels, encoded[i].decoder_start) for i in chosen]
+            examples = [(encoded[i].input_ids, encoded[i].labels, encoded[i].marker) for i in chosen]
             inputs = self.task.collate_sources(examples, self.device)
             found = beam_search(self.model, **inputs, settings=self.settings, synced=False)
             for index, hypotheses in zip(chosen, found, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -22,19 +25,27 @@ from transformers.models.m2m_100.modeling_m2m_100 import M2M100SinusoidalPositio
 from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
 from transformers.utils import logging
 
-from harness.config.schema import ModelConfig
+from harness.config.schema import ClassificationConfig, ModelConfig, QuantizationConfig, Task
 from harness.errors import ConfigError, DataError
 from harness.io.atomic import sha256_file
+from harness.models.activations import apply_activation_options, override_dropout
 from harness.models.families import Family, check_model_type, family_of
+from harness.models.heads import head_names, set_labels
 from harness.models.screen import TOKENIZER_FILES, screen_model_directory
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_FILES = ["*.json", "*.safetensors", *TOKENIZER_FILES, "target.spm"]
+HUB_FILES = ["*.json", "*.safetensors", *TOKENIZER_FILES, "target.spm", "*.jinja"]
 logging.disable_progress_bar()
 # Marian's tokeniser recommends a package that it then has no use for.
 warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")
 
-LAYER_DROP = ("encoder_layerdrop", "decoder_layerdrop")
+PACKED = ("Params4bit", "Int8Params")  # of bitsandbytes, which is not imported for their sake
+LAYER_DROP = ("encoder_layerdrop", "decoder_layerdrop", "layerdrop")
+AUTO_MODELS: dict[Task, Any] = {
+    "translation": AutoModelForSeq2SeqLM,
+    "causal_lm": AutoModelForCausalLM,
+    "classification": AutoModelForSequenceClassification,
+}
 
 
 def model_directory(name: str) -> Path:
@@ -67,29 +78,57 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_matching_tokenizer(path: str | Path, task: Task) -> PreTrainedTokenizerBase:
+    """The tokeniser of a model directory. Raises DataError if it has tokens that the model has no embedding for."""
+    directory = model_directory(str(path))
+    tokenizer = load_tokenizer(directory)
+    config = _load_config(directory, task, weights=False).get_text_config()
+    _check_ids(tokenizer.get_vocab(), config.vocab_size, directory)
+    return tokenizer
+
+
 def load_family(path: str | Path) -> tuple[Family, PreTrainedTokenizerBase]:
     """The family and tokeniser of a model directory. Raises DataError if they do not fit the model."""
     directory = model_directory(str(path))
-    config = _load_config(directory, weights=False)
+    config = _load_config(directory, "translation", weights=False)
     tokenizer = load_tokenizer(directory)
     family = family_of(config.to_dict(), tokenizer)
     _check_fit(config, family, tokenizer, directory)
     return family, tokenizer
 
 
-def load_model(model: ModelConfig, seed: int, *, device: str = "cpu") -> PreTrainedModel:
-    """The model in float32, in training mode: from `model.path`, or with random weights that depend on `seed` only.
+def load_model(
+    model: ModelConfig,
+    seed: int,
+    *,
+    task: Task = "translation",
+    classification: ClassificationConfig | None = None,
+    frozen: bool = False,
+    device: str = "cpu",
+) -> PreTrainedModel:
+    """The model in training mode: from `model.path`, or with random weights that depend on `seed` only.
 
+    Weights are float32, those of a base that stays `frozen` in the compute dtype, or quantised while they are read.
+    A classification head that the files lack is drawn from `seed` too; `classification.labels` must be known.
     On the device "meta" no weight is read; names and shapes are still compared with config.json.
     Layer drop is switched off: each rank would skip other layers, and under ZeRO-3 wait for ever.
     Raises DataError if the files are wrong, ConfigError if the model cannot do what `model` asks for.
     """
     directory = model_directory(model.path or model.config or "")
-    config = _load_config(directory, weights=model.path is not None)
-    _override(config, model)
-    options = {"config": config, "dtype": torch.float32, "attn_implementation": model.attention}
+    config = _load_config(directory, task, weights=model.path is not None)
+    for name in LAYER_DROP:
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    override_dropout(config, model)
+    if classification is not None:
+        set_labels(config, classification, load_tokenizer(directory))
+    dtype = getattr(torch, model.dtype) if frozen else torch.float32
+    options = {"config": config, "dtype": dtype, "attn_implementation": model.attention}
+    build = _pretrained_model if model.path else _random_model
     try:
-        network = _pretrained_model(directory, options, device) if model.path else _random_model(options, seed, device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = build(directory, task, options, device, model.quantization)
     except DataError:
         raise
     except Exception as error:  # validation raises errors of several libraries
@@ -97,9 +136,7 @@ def load_model(model: ModelConfig, seed: int, *, device: str = "cpu") -> PreTrai
         if model.attention == "flash_attention_2":
             raise ConfigError(reason, where="model.attention", hint="use sdpa") from error
         raise DataError(reason, where=str(directory)) from error
-    if model.gradient_checkpointing:
-        enable = getattr(network, "activation_checkpointing_enable", network.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+    apply_activation_options(network, model)
     for module in network.modules():
         if isinstance(module, MarianSinusoidalPositionalEmbedding):
             # Fixed and never saved, but thawed by loading: weight decay would change what no export has.
@@ -110,9 +147,18 @@ def load_model(model: ModelConfig, seed: int, *, device: str = "cpu") -> PreTrai
     return network.train()
 
 
-def reload_model(directory: Path) -> PreTrainedModel:
+def as_dtype(model: Any, dtype: torch.dtype) -> Any:
+    """`model` in place with everything in `dtype` that is not stored in 4 or 8 bits."""
+    for module in model.modules():
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            if tensor.is_floating_point() and type(tensor).__name__ not in PACKED:
+                tensor.data = tensor.data.to(dtype)
+    return model
+
+
+def reload_model(directory: Path, task: Task) -> PreTrainedModel:
     """A written model directory as a user's plain transformers opens it, in the dtype it was written in."""
-    return AutoModelForSeq2SeqLM.from_pretrained(directory, local_files_only=True)
+    return AUTO_MODELS[task].from_pretrained(directory, local_files_only=True)
 
 
 def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
@@ -120,47 +166,61 @@ def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
     return dict(model.all_tied_weights_keys)
 
 
-def _load_config(directory: Path, *, weights: bool) -> PreTrainedConfig:
-    """The screened config.json. Raises DataError if it is of no supported family or not valid."""
-    check_model_type(screen_model_directory(directory, weights=weights).get("model_type"))
+def _load_config(directory: Path, task: Task, *, weights: bool) -> PreTrainedConfig:
+    """The screened config.json. Raises DataError if it is not valid or of no model that does the task."""
+    content = screen_model_directory(directory, weights=weights)
+    if task == "translation":
+        check_model_type(content.get("model_type"))
     try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # validation raises errors of several libraries
         raise DataError(f"not a valid configuration: {error}", where=str(directory / "config.json")) from error
+    if type(config) not in AUTO_MODELS[task]._model_mapping or (task == "causal_lm" and config.is_encoder_decoder):
+        what = f"transformers has no {task} model of type {config.model_type!r}"
+        raise DataError(what, where=str(directory / "config.json"))
+    return config
 
 
-def _override(config: PreTrainedConfig, model: ModelConfig) -> None:
-    """Sets the dropout rates asked for, under the names that the family uses."""
-    for name in LAYER_DROP:
-        if hasattr(config, name):
-            setattr(config, name, 0.0)
-    single_rate = hasattr(config, "dropout_rate")
-    if model.dropout is not None:
-        setattr(config, "dropout_rate" if single_rate else "dropout", model.dropout)
-    if model.attention_dropout is not None:
-        if single_rate:
-            what = f"{config.model_type} has one dropout rate for everything"
-            raise ConfigError(what, where="model.attention_dropout", hint="set model.dropout instead")
-        config.attention_dropout = model.attention_dropout
+def _random_model(
+    directory: Path, task: Task, options: dict[str, Any], device: str, quantization: QuantizationConfig | None
+) -> PreTrainedModel:
+    """`directory` has the configuration; what is to be quantised is written and read again."""
+    with torch.device(device):
+        model = AUTO_MODELS[task].from_config(**options)
+    if quantization is None or device == "meta":
+        return model
+    with tempfile.TemporaryDirectory() as copy:
+        model.save_pretrained(copy)
+        return _pretrained_model(Path(copy), task, options, device, quantization)
 
 
-def _random_model(options: dict[str, Any], seed: int, device: str) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.manual_seed(seed)
-        return AutoModelForSeq2SeqLM.from_config(**options)
+def _pretrained_model(
+    directory: Path, task: Task, options: dict[str, Any], device: str, quantization: QuantizationConfig | None
+) -> PreTrainedModel:
+    """Raises DataError if a weight is missing or has another shape: it must not be drawn at random in silence.
 
-
-def _pretrained_model(directory: Path, options: dict[str, Any], device: str) -> PreTrainedModel:
-    """Raises DataError if a weight is missing or has another shape: it must not be drawn at random in silence."""
+    Only a classification head may be new.
+    """
     options |= {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if device != "cpu":
         options["device_map"] = device
-    model, info = AutoModelForSeq2SeqLM.from_pretrained(directory, **options)
+    if quantization is not None and device != "meta":
+        from harness.models.quantization import quantized_model_options  # bitsandbytes takes seconds to import
+
+        with torch.device("meta"):
+            skeleton = AUTO_MODELS[task].from_config(options["config"])
+        options |= quantized_model_options(quantization, options["dtype"], skeleton=skeleton, device=device)
+    model, info = AUTO_MODELS[task].from_pretrained(directory, **options)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On a CPU with AVX512-BF16, bitsandbytes would lay 4-bit weights out for inference at the first evaluation
+            # and never back: the steps after it would have no gradient below the topmost layer.
+            module.support_avx512bf16_for_cpu = False
     for what in ("missing_keys", "mismatched_keys"):
-        if info[what]:
-            names = ", ".join(sorted(str(name) for name in info[what])[:5])
-            message = f"{len(info[what])} weights do not fit config.json ({what.replace('_', ' ')}): {names}"
+        new = head_names(model) if task == "classification" and what == "missing_keys" else set()
+        if wrong := sorted(set(map(str, info[what])) - new):
+            message = f"{len(wrong)} weights do not fit config.json ({what.replace('_', ' ')}): {', '.join(wrong[:5])}"
             raise DataError(message, where=str(directory), hint="config.json and weights are of different models")
     return model
 
@@ -171,9 +231,7 @@ def _check_fit(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTo
     if getattr(tokenizer, "separate_vocabs", False):
         sides.append((tokenizer.target_encoder, config.decoder_vocab_size or config.vocab_size))
     for vocabulary, vocab_size in sides:
-        if (largest := max(vocabulary.values())) >= vocab_size:
-            what = f"the tokeniser has the id {largest}, the model only {vocab_size} embeddings (vocab_size)"
-            raise DataError(what, where=str(directory), hint="the tokeniser belongs to another model")
+        _check_ids(vocabulary, vocab_size, directory)
     for name in ("pad_token_id", "eos_token_id"):
         ours, theirs = getattr(tokenizer, name), getattr(config, name)
         if ours is None or ours not in (theirs if isinstance(theirs, list) else [theirs]):
@@ -181,9 +239,15 @@ def _check_fit(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTo
             raise DataError(what, where=str(directory), hint="the tokeniser belongs to another model")
 
 
+def _check_ids(vocabulary: dict[str, int], vocab_size: int, directory: Path) -> None:
+    if (largest := max(vocabulary.values())) >= vocab_size:
+        what = f"the tokeniser has the id {largest}, the model only {vocab_size} embeddings (vocab_size)"
+        raise DataError(what, where=str(directory), hint="the tokeniser belongs to another model")
+
+
 def tokenizer_fingerprint(path: str | Path) -> str:
     """Hash over the files that decide how text becomes token ids: the tokeniser's and config.json."""
     directory = model_directory(str(path))
-    names = {*TOKENIZER_FILES, "target.spm", "tokenizer_config.json", "config.json"}
+    names = {*TOKENIZER_FILES, "target.spm", "tokenizer_config.json", "config.json", "chat_template.jinja"}
     files = sorted(file for file in directory.iterdir() if file.name in names)
     return hashlib.sha256("".join(f"{file.name} {sha256_file(file)}\n" for file in files).encode()).hexdigest()

@@ -12,11 +12,19 @@ from harness.errors import DataError
 from harness.io.atomic import read_json
 
 WEIGHTS = "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+JSON_FILES = (
+    "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.json",
+)  # fmt: skip
 CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate", "trust_remote_code")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-TOKENIZER_FILES = ("tokenizer.json", "sentencepiece.bpe.model", "spiece.model", "source.spm", "vocab.json")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "spm.model", "source.spm",
+    "vocab.json", "vocab.txt",
+)  # fmt: skip
+# What some tokenisers have beside one of these.
+TOKENIZER_COMPANIONS = ("target.spm", "merges.txt", "chat_template.jinja")
 
 
 def screen_model_directory(directory: Path, *, weights: bool) -> dict[str, Any]:
@@ -26,10 +34,13 @@ def screen_model_directory(directory: Path, *, weights: bool) -> dict[str, Any]:
     """
     if not directory.is_dir():
         raise DataError("no such model directory", where=str(directory))
-    if (directory / "adapter_config.json").exists():
+    if is_adapter(directory):
         hint = "merge the adapter into its base model first"
         raise DataError("this is an adapter, not a model", where=str(directory), hint=hint)
     config = _screen_json(directory / "config.json")
+    if "quantization_config" in config:
+        hint = "give the original model; `model.quantization` quantises while it loads"
+        raise DataError("the weights are quantised already", where=str(directory / "config.json"), hint=hint)
     for name in JSON_FILES:
         if (directory / name).exists():
             _screen_json(directory / name)
@@ -40,6 +51,19 @@ def screen_model_directory(directory: Path, *, weights: bool) -> dict[str, Any]:
         for path in _weight_files(directory):
             _screen_weights(path)
     return config
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory holds an adapter and not a whole model."""
+    return (directory / ADAPTER_CONFIG).is_file()
+
+
+def base_of_adapter(directory: Path) -> str:
+    """Directory or hub name of an adapter's base. Raises DataError if the adapter does not say."""
+    base = _screen_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise DataError("it does not name its base", where=str(directory / ADAPTER_CONFIG))
+    return base
 
 
 def _screen_json(path: Path) -> dict[str, Any]:

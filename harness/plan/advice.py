@@ -6,10 +6,12 @@ import re
 from dataclasses import dataclass
 
 from harness.config.deepspeed import preset_names
+from harness.config.rules import stage_problems
 from harness.config.schema import DeepSpeedConfig, RunConfig
 from harness.errors import ConfigError
 from harness.plan.deepspeed import final_deepspeed_config
-from harness.plan.zero import Shapes, model_states
+from harness.plan.held import Held
+from harness.plan.zero import model_states
 
 # From the fastest to the most frugal: each step down costs communication or transfers.
 _PREFERENCE = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme")
@@ -34,36 +36,37 @@ class Candidate:
 
 
 def candidates(
-    config: RunConfig, shapes: Shapes, *, world_size: int, device_bytes: int | None, logits_bytes: int, on_cpu: bool
+    config: RunConfig, held: Held, *, world_size: int, device_bytes: int | None, logits_bytes: int, on_cpu: bool
 ) -> list[Candidate]:
-    """Every preset that makes sense on ``world_size`` ranks, the fastest first; ``fits`` is None without a memory size.
+    """Every preset that the run can take on ``world_size`` ranks, the fastest first; ``fits`` is None without a memory
+    size.
 
     A preset fits if its model states, the logits of one micro-batch and their gradient leave 30 % of the device free.
     """
     names = [name for name in (_PREFERENCE if world_size > 1 else _ALONE) if name in preset_names()]
-    if config.optimizer.name == "adafactor":
-        names = ["zero0"]
-    elif on_cpu:  # the host's memory is the device's: nothing is won by offloading to it
+    if on_cpu:  # the host's memory is the device's: nothing is won by offloading to it
         names = [name for name in names if not name.endswith("_offload")]
-    return [_candidate(config, shapes, name, world_size, device_bytes, logits_bytes) for name in names]
+    runs = [config.model_copy(update={"deepspeed": DeepSpeedConfig(preset=name)}) for name in names]
+    return [
+        _candidate(run, held, world_size, device_bytes, logits_bytes) for run in runs if not any(stage_problems(run))
+    ]
 
 
 def _candidate(
-    config: RunConfig, shapes: Shapes, preset: str, world_size: int, device_bytes: int | None, logits_bytes: int
+    config: RunConfig, held: Held, world_size: int, device_bytes: int | None, logits_bytes: int
 ) -> Candidate:
-    chosen = config.model_copy(update={"deepspeed": DeepSpeedConfig(preset=preset)})
     memory = model_states(
-        shapes,
-        deepspeed=final_deepspeed_config(chosen, world_size),
+        held,
+        deepspeed=final_deepspeed_config(config, world_size),
         dtype=config.model.dtype,
         optimizer=config.optimizer.name,
         world_size=world_size,
     )
-    on_device = sum(memory["device"].values())
+    device, host, nvme = (sum(memory[place].values()) for place in ("device", "host", "nvme"))
     fits = None
     if device_bytes is not None:
-        fits = on_device + _LOGITS_COPIES * logits_bytes <= (1 - _ROOM_FOR_ACTIVATIONS) * device_bytes
-    return Candidate(preset, on_device, sum(memory["host"].values()), sum(memory["nvme"].values()), fits)
+        fits = device + _LOGITS_COPIES * logits_bytes <= (1 - _ROOM_FOR_ACTIVATIONS) * device_bytes
+    return Candidate(config.deepspeed.preset, device, host, nvme, fits)
 
 
 def parse_bytes(text: str) -> int:

@@ -1,22 +1,42 @@
-"""Tensor shapes of a model by arithmetic on its config.json: no torch, no weights.
+"""Tensors of a model by arithmetic on its config.json: no torch, no weights.
 
-Counts trainable parameters as ``transformers`` builds the model (tied tensors once); a test compares every family with
-the real modules. Marian's sinusoidal positions are fixed and not counted.
+They are the trainable parameters as ``transformers`` builds the model (tied tensors once), by name; a test compares
+every family with the real modules.
 """
 
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from harness.config.schema import ClassificationConfig, Task
 from harness.errors import DataError
 from harness.io.atomic import read_json
-from harness.plan.zero import Shapes
+from harness.plan import encoder_decoders
+from harness.plan.decoders import DECODERS
+from harness.plan.encoders import ENCODERS
+from harness.plan.tensors import ModelJson, Tensors
 
-ModelJson = dict[str, Any]
+_TRANSLATORS: dict[str, Callable[[ModelJson], Tensors]] = {
+    "mbart": encoder_decoders.mbart,
+    "m2m_100": encoder_decoders.m2m_100,
+    "marian": encoder_decoders.marian,
+    "t5": encoder_decoders.t5,
+    "mt5": encoder_decoders.t5,
+}
+_CLASSIFIERS: dict[str, Callable[[ModelJson, int], Tensors | None]] = {
+    **ENCODERS,
+    **{family: decoder.classifier for family, decoder in DECODERS.items()},
+    "mbart": encoder_decoders.mbart_classifier,
+    "t5": encoder_decoders.t5_classifier,
+    "mt5": encoder_decoders.t5_classifier,
+}
+
+# Families with a table of positions -> its rows that no token can have.
+_POSITION_TABLES = {
+    "mbart": 0, "marian": 0, "gpt2": 0, "opt": 0, "bert": 0, "distilbert": 0, "roberta": 2, "xlm-roberta": 2,
+}  # fmt: skip
 
 
 def model_json(name_or_directory: str) -> ModelJson | None:
@@ -31,21 +51,54 @@ def model_json(name_or_directory: str) -> ModelJson | None:
     return content
 
 
-def parameter_shapes(model: ModelJson) -> Shapes:
-    """How often each tensor shape occurs. Raises DataError for an unknown family or a missing size."""
+def model_tensors(
+    model: ModelJson, task: Task = "translation", classification: ClassificationConfig | None = None
+) -> Tensors | None:
+    """Every parameter of the model that ``task`` trains, by name; None for a family whose shapes are not known here.
+
+    A classifier whose labels are not listed is counted with two. Raises DataError for a family that cannot do the task,
+    or a missing size.
+    """
     family = model.get("model_type")
-    if family not in _FAMILIES:
-        raise DataError(f"model_type {family!r} is not supported", hint=f"supported: {', '.join(_FAMILIES)}")
+    if not isinstance(family, str):
+        raise DataError("config.json has no `model_type`", hint="it must be the config.json of a transformers model")
+    _check_task(family, task)
     try:
-        return _FAMILIES[family](model)
+        if task == "translation":
+            return _TRANSLATORS[family](model)
+        if task == "causal_lm":
+            return DECODERS[family].language_model(model) if family in DECODERS else None
+        build = _CLASSIFIERS.get(family)
+        return build(model, _num_labels(classification)) if build else None
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"config.json of a {family} model lacks a usable size: {error}") from error
 
 
 def position_limit(model: ModelJson) -> int | None:
     """Longest input in tokens, for families with a table of positions."""
-    limit = model.get("max_position_embeddings") if model.get("model_type") in ("mbart", "marian") else None
-    return int(limit) if limit is not None else None
+    unused = _POSITION_TABLES.get(str(model.get("model_type")))
+    limit = model.get("max_position_embeddings", model.get("n_positions"))
+    return None if unused is None or limit is None else int(limit) - unused
+
+
+def trained_length(model: ModelJson) -> int | None:
+    """Longest input that a model with relative or rotary positions was trained on, as far as config.json says."""
+    limit = model.get("max_position_embeddings")
+    return int(limit) if isinstance(limit, int) and position_limit(model) is None else None
+
+
+def _check_task(family: str, task: Task) -> None:
+    known = {"translation": list(_TRANSLATORS), "causal_lm": list(DECODERS), "classification": list(_CLASSIFIERS)}
+    elsewhere = {name for names in known.values() for name in names}
+    if family not in known[task] and (task == "translation" or family in elsewhere):
+        hint = f"supported: {', '.join(known[task])}"
+        raise DataError(f"model_type {family!r} is not supported by task {task}", hint=hint)
+
+
+def _num_labels(classification: ClassificationConfig | None) -> int:
+    if classification is not None and classification.problem == "regression":
+        return 1
+    return len(classification.labels) if classification and classification.labels else 2
 
 
 def _cached_hub_file(name: str) -> Path | None:
@@ -57,77 +110,3 @@ def _cached_hub_file(name: str) -> Path | None:
         return None
     path = model / "snapshots" / snapshot / "config.json"
     return path if path.is_file() else None
-
-
-def _linear(outputs: int, inputs: int) -> Shapes:
-    return Counter({(outputs, inputs): 1}) + Counter({(outputs,): 1})
-
-
-def _times(shapes: Shapes, count: int) -> Shapes:
-    return Counter({shape: number * count for shape, number in shapes.items()})
-
-
-def _bart_like(model: ModelJson, *, learned_positions: bool, embedding_norm: bool, final_norm: bool) -> Shapes:
-    """Transformer of Vaswani et al. (2017) with biases and LayerNorm, as BART has it."""
-    width = model["d_model"]
-    norm: Shapes = Counter({(width,): 2})
-    attention = _times(_linear(width, width), 4) + norm
-    shapes: Shapes = Counter()
-    for side, num_attentions in (("encoder", 1), ("decoder", 2)):
-        hidden = model[f"{side}_ffn_dim"]
-        layer = _times(attention, num_attentions) + _linear(hidden, width) + _linear(width, hidden) + norm
-        shapes += _times(layer, model[f"{side}_layers"])
-        shapes += _times(norm, embedding_norm + final_norm)
-        if learned_positions:
-            shapes += Counter({(model["max_position_embeddings"] + 2, width): 1})
-    return shapes
-
-
-def _tied_embeddings(model: ModelJson) -> Shapes:
-    """One shared table; untied: shared, encoder, decoder and output tables."""
-    return Counter({(model["vocab_size"], model["d_model"]): 1 if model.get("tie_word_embeddings", True) else 4})
-
-
-def _mbart(model: ModelJson) -> Shapes:
-    body = _bart_like(model, learned_positions=True, embedding_norm=True, final_norm=True)
-    return body + _tied_embeddings(model)
-
-
-def _m2m_100(model: ModelJson) -> Shapes:
-    body = _bart_like(model, learned_positions=False, embedding_norm=False, final_norm=True)
-    return body + _tied_embeddings(model)
-
-
-def _marian(model: ModelJson) -> Shapes:
-    width, tied = model["d_model"], model.get("tie_word_embeddings", True)
-    if model.get("share_encoder_decoder_embeddings", True):
-        embeddings = _tied_embeddings(model)
-    else:
-        target = model.get("decoder_vocab_size") or model["vocab_size"]
-        embeddings = Counter({(model["vocab_size"], width): 1}) + Counter({(target, width): 1 if tied else 2})
-    return _bart_like(model, learned_positions=False, embedding_norm=False, final_norm=False) + embeddings
-
-
-def _t5(model: ModelJson) -> Shapes:
-    """T5 and mT5: no biases, RMSNorm, relative positions in the first layer of each side, tied output."""
-    width, hidden = model["d_model"], model["d_ff"]
-    inner = model["d_kv"] * model["num_heads"]
-    attention: Shapes = Counter({(inner, width): 3}) + Counter({(width, inner): 1}) + Counter({(width,): 1})
-    gated = model.get("feed_forward_proj", _T5_FEED_FORWARD[model["model_type"]]).startswith("gated-")
-    forward: Shapes = Counter({(hidden, width): 1 + gated}) + Counter({(width, hidden): 1}) + Counter({(width,): 1})
-    positions = (model.get("relative_attention_num_buckets", 32), model["num_heads"])
-    num_encoder_layers = model["num_layers"]
-    num_decoder_layers = model.get("num_decoder_layers") or num_encoder_layers
-    shapes: Shapes = Counter({(model["vocab_size"], width): 1}) + Counter({positions: 2}) + Counter({(width,): 2})
-    shapes += _times(attention + forward, num_encoder_layers)
-    return shapes + _times(attention + attention + forward, num_decoder_layers)
-
-
-_T5_FEED_FORWARD = {"t5": "relu", "mt5": "gated-gelu"}
-_FAMILIES: dict[str, Callable[[ModelJson], Shapes]] = {
-    "mbart": _mbart,
-    "m2m_100": _m2m_100,
-    "marian": _marian,
-    "t5": _t5,
-    "mt5": _t5,
-}

@@ -5,28 +5,21 @@ It is written to ``<run_dir>/plan.json``; the ranks read only that file.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from math import ceil, prod
+from dataclasses import asdict, dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from harness.config.model_rules import PROMPT_METHODS
 from harness.config.schema import RunConfig
 from harness.errors import ConfigError, DataError
 from harness.plan.deepspeed import final_deepspeed_config
-from harness.plan.parameters import model_json, parameter_shapes, position_limit
-from harness.plan.zero import (
-    WEIGHT_BYTES,
-    Memory,
-    Shapes,
-    model_states,
-    num_parameters,
-    num_state_values,
-    offload_device,
-)
-
-_FLOAT32_BYTES = 4
+from harness.plan.held import FLOAT32_BYTES, WEIGHT_BYTES, held_weights
+from harness.plan.parameters import model_json, model_tensors, position_limit, trained_length
+from harness.plan.tensors import ModelJson, Tensors, num_parameters
+from harness.plan.zero import Memory, model_states, offload_device, state_bytes
 
 
 @dataclass(frozen=True)
@@ -43,7 +36,11 @@ class Batches:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run. ``num_parameters``, ``memory`` and the sizes are None if the model's config.json is not here."""
+    """A checked run. The sizes are None if the model's config.json is not here or its family's shapes are not known.
+
+    ``num_parameters``: of the model; ``num_trained``: those with gradients, an adapter's among them. ``warnings``: what
+    is allowed and may not be meant. ``logits_bytes``: None for a classifier too.
+    """
 
     config: RunConfig
     run_dir: str
@@ -51,9 +48,11 @@ class Plan:
     deepspeed: dict[str, Any]
     batches: Batches
     num_parameters: int | None = None
+    num_trained: int | None = None
     memory: Memory | None = None
     logits_bytes: int | None = None
     checkpoint_bytes: int | None = None
+    warnings: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``plan.json``."""
@@ -77,11 +76,11 @@ def make_plan(config: RunConfig, *, world_size: int) -> Plan:
     model = model_json(config.model.path or config.model.config or "")
     sizes: dict[str, Any] = {}
     if model is not None:
-        _check_positions(config, model)
-        shapes = parameter_shapes(model)
-        _fit_nvme_buffers(deepspeed, shapes, world_size)
-        vocabulary = model.get("decoder_vocab_size") or model["vocab_size"]
-        sizes = _sizes(config, shapes, vocabulary, deepspeed, world_size)
+        sizes["warnings"] = _check_positions(config, model)
+        tensors = model_tensors(model, config.task, config.classification)
+        if tensors is not None:
+            _fit_nvme_buffers(deepspeed, tensors, world_size)
+            sizes |= _sizes(config, model, tensors, deepspeed, world_size)
     return Plan(
         config=config,
         run_dir=str((Path(config.output_dir) / config.name).absolute()),
@@ -105,32 +104,51 @@ def _batches(config: RunConfig, world_size: int) -> Batches:
 
 
 def _sizes(
-    config: RunConfig, shapes: Shapes, vocabulary: int, deepspeed: dict[str, Any], world_size: int
+    config: RunConfig, model: ModelJson, tensors: Tensors, deepspeed: dict[str, Any], world_size: int
 ) -> dict[str, Any]:
-    parameters, dtype = num_parameters(shapes), config.model.dtype
-    logits_width = WEIGHT_BYTES[dtype] + (0 if dtype == "float32" else _FLOAT32_BYTES)
-    optimizer = config.optimizer.name
+    held, dtype, optimizer = held_weights(config, model, tensors), config.model.dtype, config.optimizer.name
     return {
-        "num_parameters": parameters,
-        "memory": model_states(shapes, deepspeed=deepspeed, dtype=dtype, optimizer=optimizer, world_size=world_size),
-        "logits_bytes": config.batch.max_tokens_per_device * vocabulary * logits_width,
-        "checkpoint_bytes": _FLOAT32_BYTES * (parameters + num_state_values(shapes, optimizer)),
+        "num_parameters": num_parameters(tensors),
+        "num_trained": num_parameters(held.trained),
+        "memory": model_states(held, deepspeed=deepspeed, dtype=dtype, optimizer=optimizer, world_size=world_size),
+        "logits_bytes": None if config.task == "classification" else _logits_bytes(config, model),
+        "checkpoint_bytes": FLOAT32_BYTES * num_parameters(held.trained) + state_bytes(held.trained, optimizer),
     }
 
 
-def _fit_nvme_buffers(deepspeed: dict[str, Any], shapes: Shapes, world_size: int) -> None:
+def _logits_bytes(config: RunConfig, model: ModelJson) -> int:
+    """Of one micro-batch: in the compute type, and once more in float32 for the loss."""
+    dtype = config.model.dtype
+    width = WEIGHT_BYTES[dtype] + (0 if dtype == "float32" else FLOAT32_BYTES)
+    vocabulary = model.get("decoder_vocab_size") or model["vocab_size"]
+    return int(config.batch.max_tokens_per_device * vocabulary * width)
+
+
+def _fit_nvme_buffers(deepspeed: dict[str, Any], tensors: Tensors, world_size: int) -> None:
     """Make DeepSpeed's NVMe buffers as large as a rank's part of the largest tensor: its default of 100 M values is
     too small for a large vocabulary on few ranks (an assertion in the first step) and wasteful for small models."""
     if offload_device(deepspeed, "param") == "nvme":
-        largest = max(prod(shape) for shape in shapes)
+        largest = max(tensor.size for tensor in tensors.values())
         deepspeed["zero_optimization"]["offload_param"].setdefault("buffer_size", ceil(largest / world_size))
 
 
-def _check_positions(config: RunConfig, model: dict[str, Any]) -> None:
-    limit = position_limit(model)
-    for name in ("max_source_length", "max_target_length"):
+def _check_positions(config: RunConfig, model: ModelJson) -> list[str]:
+    """Warnings. A table of positions ends; relative and rotary positions go on, but unseen in training.
+
+    Raises ConfigError.
+    """
+    names = ("max_source_length", "max_target_length") if config.task == "translation" else ("max_length",)
+    virtual = 0
+    if config.adapter is not None and config.adapter.method in PROMPT_METHODS:
+        virtual = config.adapter.num_virtual_tokens
+    limit, trained = position_limit(model), trained_length(model)
+    warnings = []
+    for name in names:
         length = getattr(config.data, name)
-        if limit is not None and length > limit:
-            raise ConfigError(
-                f"data.{name}: {length} is more than the {limit} positions of the model", hint=f"lower it to {limit}"
-            )
+        if limit is not None and length + virtual > limit:
+            beside = f" and {virtual} virtual tokens" if virtual else ""
+            what = f"data.{name}: {length}{beside} is more than the {limit} positions of the model"
+            raise ConfigError(what, hint=f"lower it to {limit - virtual}")
+        if trained is not None and length > trained:
+            warnings.append(f"data.{name}: {length} is more than the {trained} positions the model was trained with")
+    return warnings

@@ -10,7 +10,9 @@ from harness.plan.plan import Plan
 from harness.plan.zero import zero_stage
 
 _KINDS = {
-    "weights": "weights",
+    "weights": "trained weights",
+    "frozen_weights": "frozen weights",
+    "quantized_weights": "quantised weights",
     "gradients": "gradients",
     "master_weights": "float32 master weights",
     "optimizer_states": "optimizer states",
@@ -39,15 +41,21 @@ def _batches(plan: Plan) -> Iterator[str]:
         yield f"length     {batches.epochs:g} epochs; steps follow from the data"
     schedule = config.schedule
     yield f"schedule   {schedule.name}, warm-up {schedule.warmup_steps:,} steps, peak {config.optimizer.lr:g}"
+    for warning in plan.warnings:
+        yield f"warning    {warning}"
 
 
 def _memory(plan: Plan) -> Iterator[str]:
-    if plan.memory is None or plan.num_parameters is None:
+    if plan.memory is None or plan.num_parameters is None or plan.num_trained is None:
         source = plan.config.model.path or plan.config.model.config
-        yield f"memory     unknown: the config.json of {source} is not on this machine"
+        yield f"memory     unknown: the config.json of {source} is not on this machine, or of a family not counted here"
         return
-    stage = zero_stage(plan.deepspeed)
-    yield f"model      {plan.num_parameters:,} parameters, {plan.config.model.dtype}, ZeRO stage {stage}"
+    parts = [f"{plan.num_parameters:,} parameters"]
+    if plan.num_trained != plan.num_parameters:
+        parts.append(f"{plan.num_trained:,} trained ({plan.num_trained / plan.num_parameters:.2%})")
+    quantization = plan.config.model.quantization
+    parts += [plan.config.model.dtype] if quantization is None else [f"{quantization.bits}-bit base"]
+    yield f"model      {', '.join(parts)}, ZeRO stage {zero_stage(plan.deepspeed)}"
     yield "model states per rank:"
     for place, kinds in plan.memory.items():
         for kind, num_bytes in kinds.items():
@@ -65,7 +73,7 @@ def _memory(plan: Plan) -> Iterator[str]:
 
 def _advice(plan: Plan, candidates: list[Candidate], device_bytes: int | None) -> Iterator[str]:
     if not candidates:
-        yield "recommended preset: unknown without the model's config.json"
+        yield "recommended preset: unknown without the model's shapes"
         return
     yield f"{'preset':<16}{'device':>12}{'host':>12}{'NVMe':>12}   model states per rank"
     chosen = recommended(candidates)

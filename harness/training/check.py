@@ -6,40 +6,47 @@ from collections.abc import Iterator
 
 from harness.config.schema import RunConfig
 from harness.data.cache import Prepared
+from harness.data.clean import fault_of
 from harness.data.loader import TrainingSteps
 from harness.data.sources import Row, read_rows
 from harness.models.load import load_model
+from harness.tasks.task import Task
 from harness.tasks.translation import TranslationTask
-from harness.training.prepare import build_task, model_source, prepare_sets
+from harness.training.prepare import build_task, model_source, prepare_sets, with_labels
 
 
 def findings(config: RunConfig) -> Iterator[tuple[str, str]]:
     """(title, text) of every part that is right. Raises HarnessError at the first that is wrong."""
+    config = with_labels(config)
     task = build_task(config)
     yield "model", _model(config, task)
     yield "tokeniser", _tokenizer(task)
     yield "example", _example(config, task)
-    sets = prepare_sets(config, task=task)
+    sets = prepare_sets(config, task)
     for name, prepared in sets.items():
         yield name, _rows(name, prepared)
     yield "steps", _steps(config, sets["train"])
 
 
-def _model(config: RunConfig, task: TranslationTask) -> str:
-    model = load_model(config.model, config.seed, device="meta")
+def _model(config: RunConfig, task: Task) -> str:
+    model = load_model(config.model, config.seed, task=config.task, classification=config.classification, device="meta")
     origin = "the weights fit config.json" if config.model.path else f"random weights from seed {config.seed}"
-    return f"{model_source(config)}: {task.family.name}, {model.num_parameters():,} parameters, {origin}"
+    kind = task.family.name if isinstance(task, TranslationTask) else type(model).__name__
+    return f"{model_source(config)}: {kind}, {model.num_parameters():,} parameters, {origin}"
 
 
-def _tokenizer(task: TranslationTask) -> str:
+def _tokenizer(task: Task) -> str:
+    text = f"{type(task.tokenizer).__name__}: {len(task.tokenizer):,} tokens"
+    if not isinstance(task, TranslationTask):
+        return text
     languages = task.family.languages(task.tokenizer)
-    known = f"{len(languages)} language tags" if task.family.has_languages else "no language tags"
-    return f"{type(task.tokenizer).__name__}: {len(task.tokenizer):,} tokens, {known}"
+    return f"{text}, {f'{len(languages)} language tags' if task.family.has_languages else 'no language tags'}"
 
 
-def _example(config: RunConfig, task: TranslationTask) -> str:
+def _example(config: RunConfig, task: Task) -> str:
     rows = (row for source in config.data.train for row in read_rows(source, config.data))
-    row = next((row for row in rows if isinstance(row, Row) and row.source.strip() and row.target.strip()), None)
+    good = (row for row in rows if isinstance(row, Row) and not fault_of(row, config.data.cleaning, config.data.format))
+    row = next(good, None)
     return "no row can be read" if row is None else f"{row.where}\n{task.show(row)}"
 
 
@@ -54,7 +61,7 @@ def _rows(name: str, prepared: Prepared) -> str:
                 f"{report.leaked:,} have a source that also stands in validation or test (data.cleaning.drop_leaked)"
             )
     elif report.truncated:
-        lines.append(f"{report.truncated:,} are longer than the limits of data.max_source_length or max_target_length")
+        lines.append(f"{report.truncated:,} are longer than data.max_source_length, max_target_length or max_length")
     return "\n".join(lines)
 
 

@@ -12,10 +12,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard.summary import hparams, text
+from torch.utils.tensorboard.summary import hparams, image, text
 
 
 class EventFile:
@@ -41,6 +43,10 @@ class EventFile:
 
     def text(self, step: int, tag: str, markdown: str) -> None:
         self._write(Event(summary=text(tag, markdown), step=step))
+
+    def image(self, step: int, tag: str, picture: NDArray[np.uint8]) -> None:
+        """A picture [height, width, 3]."""
+        self._write(Event(summary=image(tag, picture, dataformats="HWC"), step=step))
 
     def hyper_parameters(self, config: Mapping[str, Any], metrics: Sequence[str]) -> None:
         """The run's settings (dotted names) and the tags to compare runs by, for TensorBoard's HPARAMS page."""

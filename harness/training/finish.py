@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from harness.checkpoint import state as checkpoint_state
-from harness.checkpoint.export import export_model, overwrite_parameters
+from harness.checkpoint.export import export, overwrite_parameters
 from harness.checkpoint.store import Checkpoint, CheckpointStore
 from harness.config.schema import RunConfig
 from harness.engine.measure import peak_memory_bytes
 from harness.errors import DataError, Interrupted
-from harness.evaluation.evaluate import EvaluationInterrupted
+from harness.evaluation.result import EvaluationInterrupted
 from harness.io.atomic import write_json
-from harness.models.load import load_model, reload_model
-from harness.tasks.translation import TranslationTask
-from harness.training.session import CHECKPOINTS, Session, save
+from harness.models.assemble import assemble, load_with_adapter
+from harness.models.load import reload_model
+from harness.tasks.task import Task
+from harness.training.prepare import model_source
+from harness.training.session import CHECKPOINTS, Session, reopen_engine, save
 from harness.training.validate import best_step, evaluate_set, evaluate_validation
 
 FIXED_LENGTHS = (3, 9, 17, 5)  # tokens of the rows on which an export is compared
+# Of the largest logit. Sums of base and adapter are rounded once more when their weights become one.
+MERGE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def finish(session: Session) -> None:
@@ -40,8 +42,7 @@ def finish(session: Session) -> None:
     chosen = best_step(progress.best, progress.best_value) or progress.step
     last_step = progress.step
     if chosen != progress.step:
-        checkpoint_state.load(session.store.open(chosen), session.engine)
-        progress.step = chosen
+        go_back(session, chosen)
     scores = {}
     if session.rows.test is not None and session.config.evaluation is not None:
         try:
@@ -57,27 +58,70 @@ def finish(session: Session) -> None:
     session.processes.barrier()
 
 
+def go_back(session: Session, step: int) -> None:
+    """The weights of an earlier checkpoint, perhaps of a phase in which fewer parameters were trained."""
+    checkpoint = session.store.open(step)
+    if session.phase_boundaries:
+        reopen_engine(session, checkpoint)
+    else:
+        checkpoint_state.load(checkpoint, session.engine)
+    session.progress.step = step
+
+
 def _interrupted() -> Interrupted:
     return Interrupted("stopped during the last evaluation, all steps are saved", hint="run the same command again")
 
 
-def export_checkpoint(checkpoint: Checkpoint, config: RunConfig, task: TranslationTask, directory: Path) -> None:
-    """The model of a checkpoint as a Hugging Face directory in the run's dtype."""
-    as_plain_transformers = {"gradient_checkpointing": False, "attention": "sdpa"}  # to compare with it bit for bit
-    model = load_model(config.model.model_copy(update=as_plain_transformers), config.seed)
+def export_checkpoint(
+    checkpoint: Checkpoint, config: RunConfig, task: Task, directory: Path, *, merge: bool = False
+) -> None:
+    """The model of a checkpoint as a Hugging Face directory in the run's dtype, or its adapter as PEFT reads it.
+
+    `merge`: the adapter is added into the weights of its base, which become a model of their own.
+    """
+    as_plain_transformers = {"gradient_checkpointing": False, "attention": "sdpa", "neftune_alpha": None}
+    config = config.model_copy(update={"model": config.model.model_copy(update=as_plain_transformers)})
+    model = assemble(config, step=checkpoint.step - 1, total_steps=max(1, checkpoint.step)).model
     overwrite_parameters(model, checkpoint)
     dtype, inputs = getattr(torch, config.model.dtype), fixed_inputs(task, model.config)
-    export_model(model, task.tokenizer, directory, dtype=dtype, reload=reload_model, fixed_batch=inputs)
+    if config.adapter is not None and not merge:
+        from harness.models.adapter_files import save_adapter  # peft takes seconds to import
+
+        base = model_source(config)
+        export(
+            model.eval(), task.tokenizer, directory, fixed_batch=inputs,
+            write=lambda path: save_adapter(model, path, base=base),
+            reload=lambda path: load_with_adapter(config, path),
+        )  # fmt: skip
+        return
+    if config.adapter is not None:
+        model = merged(model, inputs, dtype)
+    model = model.to(dtype).eval()
+    export(
+        model, task.tokenizer, directory, fixed_batch=inputs,
+        write=model.save_pretrained, reload=lambda path: reload_model(path, config.task).to(dtype),
+    )  # fmt: skip
 
 
-def fixed_inputs(task: TranslationTask, model_config: Any) -> dict[str, Tensor]:
+def merged(model: Any, inputs: dict[str, Any], dtype: torch.dtype) -> Any:
+    """The base with the adapter in its weights. Raises DataError if that changes the logits by more than rounding."""
+    from harness.models.adapter_files import merge_adapter
+    from harness.models.quantization import merge_gate
+
+    with torch.no_grad():
+        unmerged = model.eval()(**inputs).logits
+        whole = merge_adapter(model).to(dtype).eval()
+        merge_gate(unmerged, whole(**inputs).logits, tolerance=MERGE_TOLERANCE[dtype])
+    return whole
+
+
+def fixed_inputs(task: Task, model_config: Any) -> dict[str, Any]:
     """Rows of always the same tokens, drawn from the whole vocabulary: what an export is compared on."""
     generator = np.random.default_rng(0)
-    vocab_size = min(model_config.vocab_size, getattr(model_config, "decoder_vocab_size", None) or sys.maxsize)
+    vocab_size = model_config.get_text_config().vocab_size
+    vocab_size = min(vocab_size, getattr(model_config, "decoder_vocab_size", None) or vocab_size)
     sides = [generator.integers(vocab_size, size=length).tolist() for length in FIXED_LENGTHS]
-    start = task.tokenizer.eos_token_id
-    examples = [(source, labels, start) for source, labels in zip(sides, reversed(sides), strict=True)]
-    return task.collate(examples, torch.device("cpu")).inputs
+    return task.collate(task.made_up(sides), torch.device("cpu")).inputs
 
 
 def choose_checkpoint(run_dir: Path, step: int | None = None) -> Checkpoint:

@@ -14,9 +14,8 @@ from harness.engine.measure import copy_masters, peak_memory_bytes, update_to_we
 from harness.errors import NonFiniteError
 from harness.io.atomic import write_json
 from harness.io.faults import fault_point
-from harness.objectives.cross_entropy import label_smoothed_cross_entropy
 from harness.plan.schedule import learning_rate
-from harness.training.session import Session, save
+from harness.training.session import Session, change_phase, save
 from harness.training.stop import stopped
 from harness.training.validate import evaluate_validation, should_stop_early
 
@@ -66,6 +65,8 @@ def train(session: Session) -> None:
             save(session)
         if stopping:
             raise stopped(batch.step)
+        if batch.step in session.phase_boundaries:
+            change_phase(session)
 
 
 def accumulate(session: Session, batch: StepRows) -> StepSums:
@@ -74,7 +75,7 @@ def accumulate(session: Session, batch: StepRows) -> StepSums:
     Each loss is (sum over the micro-batch) x world_size / (target tokens of the global batch): DeepSpeed averages over
     ranks, so the gradient is that of the global sum divided once by the global token count.
     """
-    engine, processes, task, loss = session.engine, session.processes, session.task, session.config.loss
+    engine, processes, task = session.engine, session.processes, session.task
     engine.train()
     losses = torch.zeros(2, dtype=torch.float64, device=processes.device)  # read once, after the last micro-step
     padded_tokens = tokens = 0
@@ -84,10 +85,7 @@ def accumulate(session: Session, batch: StepRows) -> StepSums:
         torch.manual_seed(
             dropout_seed(session.config.seed, batch.step, micro_step * processes.world_size + processes.rank)
         )
-        logits_BTV = engine(**examples.inputs, use_cache=False).logits
-        terms = label_smoothed_cross_entropy(
-            logits_BTV, examples.labels_BT, epsilon=loss.label_smoothing, convention=loss.convention
-        )
+        terms = task.loss(engine(**examples.inputs).logits, examples)
         engine.backward(terms.loss_sum * (processes.world_size / batch.target_tokens), scale_wrt_gas=False)
         losses += torch.stack([terms.loss_sum.detach(), terms.nll_sum])
         padded_tokens += examples.num_padded_tokens

@@ -21,16 +21,20 @@ from harness.data.cache import load_rows, prepare_rows
 from harness.data.sources import as_source
 from harness.engine.processes import Processes, find_device, find_store, join, leave
 from harness.errors import ConfigError, DataError, ExitCode, HarnessError
-from harness.evaluation.evaluate import beam_settings, evaluate
+from harness.evaluation.decoded import beam_settings
+from harness.evaluation.evaluate import evaluate
 from harness.evaluation.translate import Translator
 from harness.io.atomic import read_json, write_json
 from harness.launch.environment import RankEnvironment, local_ranks, read_rank_environment
 from harness.launch.supervisor import supervise
-from harness.models.load import load_model, model_directory, tokenizer_fingerprint
-from harness.models.screen import screen_model_directory
+from harness.models.assemble import load_base, load_with_adapter
+from harness.models.heads import stored_labels
+from harness.models.load import as_dtype, model_directory
+from harness.models.screen import base_of_adapter, is_adapter, screen_model_directory
 from harness.plan.parameters import position_limit
 from harness.plan.plan import Plan
-from harness.training.prepare import build_task, evaluation_sources, model_source
+from harness.tasks.translation import TranslationTask
+from harness.training.prepare import build_task, encoding, evaluation_sources, with_prepared_labels
 from harness.training.rank import record_and_exit
 
 DEFAULT_MAX_TOKENS = 4096
@@ -47,11 +51,13 @@ Sections = Mapping[str, Mapping[str, Any]]
 class Subject:
     """What MODEL_OR_RUN names: `config.model.path` is the model, the rest of `config` are the settings to use.
 
-    `run_dir` and `step` are None for a model that is no run's.
+    `adapter` is the directory of an adapter, of which `config.model.path` is the base. `run_dir` and `step` are None
+    for a model that is no run's.
     """
 
     name: str
     config: RunConfig
+    adapter: str | None = None
     run_dir: Path | None = None
     step: int | None = None
 
@@ -61,6 +67,7 @@ class Job:
     """A set to be scored, as the ranks are told."""
 
     config: RunConfig
+    adapter: str | None
     rows: str
     directory: str
     num_rows: int | None
@@ -77,15 +84,18 @@ def open_subject(model_or_run: str, changes: Sections) -> Subject:
     """The model of a run with the run's settings, or any other model with defaults; `changes` as in `with_changes`."""
     run_dir = Path(model_or_run)
     if not (run_dir / "plan.json").is_file():
-        return Subject(Path(model_or_run).name, with_changes(_default_config(model_or_run), changes))
+        base = base_of_adapter(run_dir) if is_adapter(run_dir) else model_or_run
+        adapter = str(run_dir.absolute()) if is_adapter(run_dir) else None
+        return Subject(run_dir.name, with_changes(_default_config(base), changes), adapter)
     export, summary = run_dir / "export", run_dir / "summary.json"
     if not export.is_dir() or not summary.is_file():
         hint = f"wait for its end, or write a checkpoint as a model: harness export {run_dir} DIRECTORY"
         raise DataError("the run has not come to its end: it has no exported model yet", where=str(run_dir), hint=hint)
-    config = Plan.from_json(read_json(run_dir / "plan.json")).config
-    model = {"path": str(export), "config": None, "gradient_checkpointing": False}
+    config = with_prepared_labels(Plan.from_json(read_json(run_dir / "plan.json")).config, run_dir)
+    adapter = str(export.absolute()) if is_adapter(export) else None
+    model = {"path": config.model.path if adapter else str(export), "config": None, "gradient_checkpointing": False}
     config = with_changes(with_changes(config, {"model": model}), changes)
-    return Subject(run_dir.resolve().name, config, run_dir, int(read_json(summary)["exported_step"]))
+    return Subject(run_dir.resolve().name, config, adapter, run_dir, int(read_json(summary)["exported_step"]))
 
 
 def with_changes(config: RunConfig, changes: Sections) -> RunConfig:
@@ -116,10 +126,9 @@ def score(
     with tempfile.TemporaryDirectory(prefix="harness-evaluate-") as scratch, languages_named_as_options():
         prepared = prepare_rows(
             name, [as_source(source)], config.data,
-            encode=build_task(config).encode, tokenizer_fingerprint=tokenizer_fingerprint(model_source(config)),
-            cache_root=Path(scratch) / "rows", is_training=False,
+            **encoding(config, build_task(config), is_training=False), cache_root=Path(scratch) / "rows",
         )  # fmt: skip
-        job = Job(config, str(prepared.rows.directory), str(directory.absolute()), num_rows)
+        job = Job(config, subject.adapter, str(prepared.rows.directory), str(directory.absolute()), num_rows)
         if processes == 1:
             score_on_rank(job, Processes(0, 0, 1, find_device(0), dist.HashStore()))
             return ExitCode.DONE
@@ -130,30 +139,34 @@ def score(
 
 def score_on_rank(job: Job, processes: Processes) -> None:
     """This rank's share of a job; rank 0 writes the evaluation."""
-    model = load_for_inference(job.config, processes.device)
+    model = load_for_inference(job.config, job.adapter, processes.device)
     task, rows = build_task(job.config), load_rows(Path(job.rows))
     result = evaluate(model, rows, task, processes, config=job.config, num_rows=job.num_rows)
     if processes.is_first:
         result.write(Path(job.directory))
 
 
-def load_for_inference(config: RunConfig, device: torch.device) -> Any:
-    """The model in `model.dtype`, the type in which a run evaluates."""
-    return load_model(config.model, config.seed).to(getattr(torch, config.model.dtype)).to(device).eval()
+def load_for_inference(config: RunConfig, adapter: str | None, device: torch.device) -> Any:
+    """The model, perhaps with an adapter, in `model.dtype`: the type in which a run evaluates."""
+    model = load_base(config) if adapter is None else load_with_adapter(config, Path(adapter))
+    return as_dtype(model, getattr(torch, config.model.dtype)).to(device).eval()
 
 
-def open_translator(config: RunConfig, num_hypotheses: int) -> Translator:
+def open_translator(subject: Subject, num_hypotheses: int) -> Translator:
     """Everything to translate lines with the languages of `config.data`. Raises DataError for a missing language."""
-    options, device = config.evaluation, find_device(0)
+    config, device = subject.config, find_device(0)
+    options = config.evaluation
     assert options is not None
     settings = beam_settings(options, config.data.max_target_length, num_hypotheses)
     with languages_named_as_options():
         task = build_task(config)
+        if not isinstance(task, TranslationTask):
+            raise ConfigError(f"the run's task is {config.task}, not translation", where=config.name)
         if task.family.has_languages:
             task.family.language_id(task.tokenizer, config.data.source_language, "source")
             task.family.language_id(task.tokenizer, config.data.target_language, "target")
     max_tokens = options.max_tokens_per_device or config.batch.max_tokens_per_device
-    return Translator(load_for_inference(config, device), task, settings, max_tokens, device)
+    return Translator(load_for_inference(config, subject.adapter, device), task, settings, max_tokens, device)
 
 
 @contextmanager
@@ -170,15 +183,19 @@ def languages_named_as_options() -> Iterator[None]:
 
 def _default_config(model: str) -> RunConfig:
     """A run file of defaults around a model; its training part is never read."""
-    content = screen_model_directory(model_directory(model), weights=True)
+    directory = model_directory(model)
+    content, labels = screen_model_directory(directory, weights=True), stored_labels(directory)
     length = min(DEFAULT_MAX_LENGTH, position_limit(content) or DEFAULT_MAX_LENGTH)
     dtype = str(content.get("dtype") or content.get("torch_dtype") or "float32")
     if dtype != "bfloat16" and not (dtype == "float16" and torch.cuda.is_available()):
         dtype = "float32"
     return RunConfig.model_validate({
         "name": "offline",
+        "task": "translation" if labels is None else "classification",
+        "classification": labels and labels.model_dump(),
         "model": {"path": model, "dtype": dtype},
-        "data": {"train": [{"path": ""}], "max_source_length": length, "max_target_length": length},
+        "data": {"train": [{"path": ""}]}
+        | dict.fromkeys(("max_source_length", "max_target_length", "max_length"), length),
         "batch": {"tokens_per_step": DEFAULT_MAX_TOKENS, "max_tokens_per_device": DEFAULT_MAX_TOKENS},
         "optimizer": {"lr": 1.0},
         "schedule": {"steps": 1},

@@ -9,8 +9,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from harness.config.schema import RunConfig
 from harness.errors import HarnessError
@@ -97,6 +101,11 @@ class RunRecords:
     def samples(self, step: int, set_name: str, rows: Sequence[tuple[str, str, str]]) -> None:
         """(source, reference, output) of some rows, as a table on TensorBoard's TEXT page."""
         self._tensorboard(lambda file: file.text(step, f"{set_name}/samples", sample_table(rows)))
+
+    def images(self, step: int, set_name: str, pictures: Mapping[str, NDArray[np.uint8]]) -> None:
+        """Pictures [height, width, 3] by name, on TensorBoard's IMAGES page."""
+        for name, picture in pictures.items():
+            self._tensorboard(partial(EventFile.image, step=step, tag=f"{set_name}/{name}", picture=picture))
 
     def checkpoint(self, step: int, *, path: str, bytes: int, seconds: float, blocked_seconds: float) -> None:
         """A committed checkpoint."""

@@ -12,14 +12,17 @@ from typing import Any
 from harness.checkpoint import state as checkpoint_state
 from harness.checkpoint.store import Checkpoint, CheckpointStore
 from harness.config.schema import RunConfig
-from harness.data.loader import TrainingSteps
-from harness.engine.build import build_engine
+from harness.data.loader import TrainingSteps, pack_length
+from harness.engine.build import build_engine, close_engine
 from harness.engine.processes import Processes
 from harness.errors import DataError
-from harness.models.load import load_model
+from harness.models.assemble import assemble
+from harness.models.freeze import phase_boundaries
+from harness.models.isolation import check_isolation
 from harness.plan.plan import Plan
-from harness.tasks.translation import TranslationTask
-from harness.training.prepare import RowSets, build_task, open_sets
+from harness.tasks.causal_lm import CausalTask
+from harness.tasks.task import Task
+from harness.training.prepare import RowSets, build_task, open_sets, with_prepared_labels
 from harness.training.records import RunRecords
 from harness.training.stop import StopRequest
 
@@ -48,7 +51,7 @@ class Session:
     config: RunConfig
     run_dir: Path
     processes: Processes
-    task: TranslationTask
+    task: Task
     engine: Any
     rows: RowSets
     steps: TrainingSteps
@@ -59,6 +62,11 @@ class Session:
     progress: Progress
     saved_step: int  # of the newest checkpoint that holds this session's tensors; -1: none
     started: float = field(default_factory=time.monotonic)
+
+    @property
+    def phase_boundaries(self) -> list[int]:
+        """Steps after which more parameters are trained than before."""
+        return [step for step in phase_boundaries(self.config.freeze) if step < self.total_steps]
 
     @property
     def is_parameter_sharded(self) -> bool:
@@ -78,25 +86,22 @@ def open_session(
 
     `timings` are the seconds that the parts of the start-up have taken so far; the rest is added here.
     """
-    config = plan.config
+    config = with_prepared_labels(plan.config, run_dir)
     rows = open_sets(directories)
     task = build_task(config)
-    with timed(timings, "model_s"):
-        model = load_model(config.model, config.seed)
-    with timed(timings, "engine_s"):
-        engine = build_engine(model, config.optimizer, plan.deepspeed, processes)
     steps = TrainingSteps(
         rows.train, data=config.data, batch=config.batch, seed=config.seed, world_size=processes.world_size
     )
+    total_steps = config.schedule.steps or max(1, round((config.schedule.epochs or 0) * steps.steps_per_epoch))
     store = CheckpointStore(run_dir / CHECKPOINTS)
-    progress = Progress(data_digest=rows.train.digest)
     if processes.is_first:
         store.remove_leftovers()
-    checkpoint, broken = checkpoint_state.newest(store, processes)
-    if checkpoint is not None:
-        with timed(timings, "resume_s"):
-            progress = resume(engine, checkpoint, rows.train.digest)
-    total_steps = config.schedule.steps or max(1, round((config.schedule.epochs or 0) * steps.steps_per_epoch))
+    with timed(timings, "resume_s"):
+        checkpoint, broken = checkpoint_state.newest(store, processes)
+    progress = resumed_progress(checkpoint, rows.train.digest)
+    engine = open_engine(config, plan, processes, checkpoint, total_steps, timings)
+    if isinstance(task, CausalTask) and pack_length(config.data) is not None:
+        check_isolation(engine.module, in_one_row=task.in_one_row)
     records = RunRecords.open(
         run_dir,
         config,
@@ -119,8 +124,49 @@ def open_session(
     )  # fmt: skip
 
 
-def resume(engine: Any, checkpoint: Checkpoint, data_digest: str) -> Progress:
-    """Load a checkpoint into the engine. Raises DataError when the training rows are not those it was made with."""
+def open_engine(
+    config: RunConfig,
+    plan: Plan,
+    processes: Processes,
+    checkpoint: Checkpoint | None,
+    total_steps: int,
+    timings: dict[str, float],
+) -> Any:
+    """The engine for the step after `checkpoint` (None: the first), with its weights and moments."""
+    step = checkpoint.step if checkpoint is not None else 0
+    with timed(timings, "model_s"):
+        model, freezing, new_heads = assemble(config, step=step, total_steps=total_steps)
+    with timed(timings, "engine_s"):
+        engine = build_engine(
+            model, config.optimizer, plan.deepspeed, processes, new_heads=new_heads, starts=freezing.starts
+        )
+    if checkpoint is not None:
+        with timed(timings, "resume_s"):
+            thawed = set(freezing.trainable_at(step + 1)) - set(freezing.trainable_at(step))
+            checkpoint_state.load(checkpoint, engine, thawed=thawed)
+    return engine
+
+
+def change_phase(session: Session) -> None:
+    """Go on with more trainable parameters than the steps so far had: save, and build the engine anew; a collective."""
+    started = time.monotonic()
+    save(session)
+    reopen_engine(session, session.store.open(session.progress.step))
+    seconds = time.monotonic() - started
+    session.records.note(f"step {session.progress.step:,}: more parameters are trained from here on ({seconds:.1f} s)")
+
+
+def reopen_engine(session: Session, checkpoint: Checkpoint) -> None:
+    """Another engine for the step after `checkpoint`; the old one is freed first."""
+    close_engine(session.engine)
+    session.engine = None
+    session.engine = open_engine(session.config, session.plan, session.processes, checkpoint, session.total_steps, {})
+
+
+def resumed_progress(checkpoint: Checkpoint | None, data_digest: str) -> Progress:
+    """What a checkpoint knows of the run. Raises DataError when the training rows are not those it was made with."""
+    if checkpoint is None:
+        return Progress(data_digest=data_digest)
     progress = Progress(**{name: checkpoint.state[name] for name in Progress.__dataclass_fields__})
     if progress.data_digest != data_digest:
         raise DataError(
@@ -128,7 +174,6 @@ def resume(engine: Any, checkpoint: Checkpoint, data_digest: str) -> Progress:
             where=str(checkpoint.directory),
             hint="bring the old data back, or give the run a new name to start again",
         )
-    checkpoint_state.load(checkpoint, engine)
     progress.restarts += 1
     return progress
 

@@ -6,7 +6,8 @@ import itertools
 from pathlib import Path
 
 from harness.data.encoded import EncodedRows
-from harness.evaluation.evaluate import Evaluation, EvaluationInterrupted, evaluate
+from harness.evaluation.evaluate import evaluate
+from harness.evaluation.result import Evaluation, EvaluationInterrupted
 from harness.evaluation.scores import HIGHER_IS_BETTER
 from harness.io.faults import fault_point
 from harness.training.session import Session, save
@@ -53,10 +54,11 @@ def evaluate_set(session: Session, name: str, rows: EncodedRows, num_rows: int |
     if session.processes.is_first:
         session.records.attempt("evaluations", lambda: result.write(directory))
     session.processes.barrier()
-    values = {"sentences": len(result.hypotheses), "decode_seconds": result.decode_seconds, **result.values}
-    session.records.evaluation(step, name, values, signatures=result.scores.signatures)
-    samples = zip(result.sources, result.references, result.hypotheses, strict=True)
-    session.records.samples(step, name, list(itertools.islice(samples, NUM_SAMPLES)))
+    values = {"sentences": result.num_rows, "decode_seconds": result.seconds, **result.values}
+    session.records.evaluation(step, name, values, signatures=result.signatures)
+    if samples := list(itertools.islice(result.samples(), NUM_SAMPLES)):
+        session.records.samples(step, name, samples)
+    session.records.images(step, name, result.images())
     return result
 
 

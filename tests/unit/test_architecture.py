@@ -39,10 +39,11 @@ IMPORTERS = {
     "sentencepiece": {"models"},
     "tokenizers": {"models"},
     "peft": {"models"},
-    "bitsandbytes": {"models"},
+    "bitsandbytes": {"models", "engine"},
     "datasets": {"data"},
     "tensorboard": {"training"},
     "sacrebleu": {"evaluation"},
+    "PIL": {"evaluation"},
 }
 
 # Rooms that answer in under a second: no torch (or what imports it) when they are imported.

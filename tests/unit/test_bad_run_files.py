@@ -36,6 +36,10 @@ ONE_KEY = [
     edit("unknown section key", "lr: 3e-5", "lr: 3e-5, beta: 3", 14, "did you mean `optimizer.betas`?"),
     edit("key in the wrong section", "name: enro", "name: enro\nlr: 1", 2, "did you mean `optimizer.lr`?"),
     edit("another trainer's name", "lr: 3e-5", "lr: 3e-5, max_grad_norm: 1", 14, "did you mean `optimizer.clip_norm`?"),
+    edit("PEFT's name", "name: enro", "name: enro\nadapter: {lora_alpha: 1}", 2, "did you mean `adapter.alpha`?"),
+    edit("bitsandbytes' name", "dtype:", "load_in_4bit: true\n  dtype:", 5, "did you mean `model.quantization`?"),
+    edit("section or switch", "dtype:", "gradient_checkpointing: {every: 0}\n  dtype:", 5, "than 0, got 0"),
+    edit("key in a rule of a list", "name: enro", "name: enro\nfreeze: [{encodr: all}]", 2, "mean `freeze.0.encoder`?"),
     edit("key that resembles nothing", "name: enro", "name: enro\nqqqq: 1", 2, "qqqq: unknown key; keys here: name,"),
     edit("duplicate key", "lr: 3e-5", "lr: 3e-5, lr: 1e-5", 14, "optimizer.lr: given twice, first in line 14"),
     edit("duplicate section", "name: enro", "name: enro\nname: enfr", 2, "name: given twice, first in line 1"),
@@ -87,6 +91,104 @@ CONTRADICTIONS = [
     edit("NVMe without a place", "zero2", "zero3_nvme", 16, "set `deepspeed.nvme_path`"),
     edit("DeepSpeed file missing", "zero2", "./none.json", 16, "cannot read none.json: No such file"),
 ]
+
+ROWS = "data={train: [{path: train.jsonl}], validation: dev.jsonl%s}"
+CAUSAL = ("task=causal_lm", ROWS % "")
+CLASSES = ("task=classification", ROWS % "", "classification={labels: [no, yes]}")
+REGRESSION = ("task=classification", ROWS % "", "classification={problem: regression}")
+LORA, NF4 = "adapter={}", "model.quantization={}"
+
+
+def of_task(name: str, task: tuple[str, ...], *more: str, says: str, key: str) -> Bad:
+    """A run of another task with ``more`` overrides; the message names ``key``."""
+    return Bad(name, overrides=(*task, *more), place=f": {key}: ", says=says)
+
+
+TASKS = [
+    of_task("languages of conversations", CAUSAL, "data.source_language=en", key="data.source_language",
+            says="no meaning with `data.format` messages (task causal_lm)"),
+    of_task("packed translation", (), "data.packing=false", key="data.packing", says="`data.format` pairs"),
+    of_task("length of a translation", (), "data.max_length=512", key="data.max_length", says="`data.format` pairs"),
+    of_task("packed classification", CLASSES, "data.packing=false", key="data.packing", says="`data.format` labelled"),
+    of_task("label column of text", CAUSAL, "data.format=text", "data.label_column=y", key="data.label_column",
+            says="`data.format` text"),
+    of_task("system prompt of text", CAUSAL, "data.format=text", "data.system_prompt=Hi", key="data.system_prompt",
+            says="`data.format` text"),
+    of_task("labels of a translation", (), "classification={}", key="classification",
+            says="no meaning with task translation, only with classification"),
+    of_task("focal translation", (), "loss.focal_gamma=2.0", key="loss.focal_gamma", says="only with classification"),
+    of_task("balanced conversations", CAUSAL, "loss.class_weights=balanced", key="loss.class_weights",
+            says="no meaning with task causal_lm"),
+    of_task("beams of labels", CLASSES, "evaluation.beam_size=4", key="evaluation.beam_size",
+            says="only with translation and causal_lm"),
+    of_task("pairs for a language model", CAUSAL, "data.format=pairs", key="data.format",
+            says="pairs does not fit task causal_lm: set it to text or prompt or messages"),
+    of_task("two files of conversations", CAUSAL, "data.train=[{source: a, target: b}]", key="data.train.0",
+            says="needs `path`, and only that: with `data.format` messages"),
+    of_task("language of a conversation", CAUSAL, "data.train=[{path: a, source_language: en}]",
+            key="data.train.0.source_language", says="no meaning with `data.format` messages"),
+    of_task("no file of conversations", CAUSAL, "data.train=[{weight: 2.0}]", key="data.train.0", says="needs `path`"),
+    of_task("micro-batch below one pack", CAUSAL, "data.max_length=2048", key="batch.max_tokens_per_device",
+            says="`data.max_length` 2048): raise it to 2048"),
+    of_task("BLEU of labels", CLASSES, "evaluation.metrics=[bleu]", key="evaluation.metrics",
+            says="bleu does not score labels: use accuracy, macro_f1, micro_f1, mcc, ece"),
+    of_task("accuracy of a translation", (), "evaluation.metrics=[accuracy]", key="evaluation.metrics",
+            says="accuracy scores labels, and task translation has none: use bleu, chrf, ter"),
+    of_task("BLEU of plain text", CAUSAL, "data.format=text", "evaluation.metrics=[bleu]", key="evaluation.metrics",
+            says="plain text has none"),
+    of_task("RMSE of labels", CLASSES, "evaluation.metrics=[rmse]", key="evaluation.metrics",
+            says="rmse scores numbers, and these are labels"),
+    of_task("accuracy of numbers", REGRESSION, "evaluation.metrics=[accuracy]", key="evaluation.metrics",
+            says="accuracy does not score numbers: use rmse, pearson, spearman"),
+    of_task("labels of numbers", REGRESSION, "classification.labels=[a, b]", key="classification.labels",
+            says="a regression has no labels"),
+    of_task("smoothed numbers", REGRESSION, "loss.label_smoothing=0.1", key="loss.label_smoothing",
+            says="a squared error and no labels"),
+    of_task("label twice", CLASSES, "classification.labels=[a, b, a]", key="classification.labels",
+            says="names a label twice"),
+    of_task("weight of no label", CLASSES, "loss.class_weights={yess: 2.0}", key="loss.class_weights",
+            says="yess is not in `classification.labels`: no, yes"),
+    of_task("weight of nothing", CLASSES, "loss.class_weights={yes: 0.0}", key="loss.class_weights",
+            says="must be greater than 0"),
+    of_task("stopping on what is not scored", CLASSES, "early_stopping={metric: ece}", key="early_stopping.metric",
+            says="ece is not scored: add it to `evaluation.metrics`"),
+]  # fmt: skip
+
+MODELS = [
+    of_task("4 bits without adapter", (), NF4, key="model.quantization", says="add the section `adapter`"),
+    of_task("SVD of 4 bits", (), NF4, "adapter={method: pissa}", key="adapter.method", says="full precision"),
+    of_task("FP4 of 8 bits", (), LORA, "model.quantization={bits: 8, type: fp4}", key="model.quantization.type",
+            says="a choice of 4-bit weights"),
+    of_task("float16 products on a CPU", (), LORA, "model.quantization={compute_dtype: float16}",
+            key="model.quantization.compute_dtype", says="ten times slower on a CPU"),
+    of_task("rank of IA3", (), "adapter={method: ia3, rank: 8}", key="adapter.rank",
+            says="ia3 has no use for it: it has targets, modules_to_save"),
+    of_task("alpha of a prompt", (), "adapter={method: prompt_tuning, alpha: 8.0}", key="adapter.alpha",
+            says="it has num_virtual_tokens"),
+    of_task("virtual tokens of LoRA", (), "adapter={num_virtual_tokens: 8}", key="adapter.num_virtual_tokens",
+            says="lora has no use for it"),
+    of_task("bottleneck of LoRA", (), "adapter={bottleneck_size: 8}", key="adapter.bottleneck_size",
+            says="lora has no use for it"),
+    of_task("targets not a pattern", (), "adapter={targets: 'q_(proj'}", key="adapter.targets",
+            says="not a regular expression: missing )"),
+    of_task("prompts in packs", CAUSAL, "adapter={method: p_tuning}", key="adapter.method",
+            says="set `data.packing` to false"),
+    of_task("recomputed prefix", (), "adapter={method: prefix_tuning}", "model.gradient_checkpointing=true",
+            key="model.gradient_checkpointing", says="set it to false"),
+    of_task("noise on a prompt", (), "adapter={method: prompt_tuning}", "model.neftune_alpha=5.0",
+            key="model.neftune_alpha", says="prompt_tuning has its own input embeddings"),
+    of_task("frozen under an adapter", (), LORA, "freeze={embeddings: true}", key="freeze",
+            says="the base is frozen already"),
+    of_task("freezes nothing", (), "freeze={until_step: 10}", key="freeze", says="freezes nothing"),
+    of_task("layers not a range", (), "freeze=[{embeddings: true}, {encoder: 3-1}]", key="freeze.1.encoder",
+            says="'3-1' is not a layer or a range of layers: write it like 0-9, 0,2,4 or all"),
+    of_task("one stack of two", (), "freeze={layers: all}", key="freeze.layers", says="use `encoder` and `decoder`"),
+    of_task("two stacks of one", CAUSAL, "freeze={decoder: all}", key="freeze.decoder", says="use `layers`"),
+    of_task("frozen name not a pattern", (), "freeze={patterns: ['a', '*']}", key="freeze.patterns.1",
+            says="not a regular expression: nothing to repeat"),
+    of_task("thawed at the end", (), "freeze={encoder: all, until_step: 100}", key="freeze.until_step",
+            says="the end of the run (`schedule.steps` 100)"),
+]  # fmt: skip
 
 OVERRIDES = [
     override("no equals sign", "optimizer.lr", says="must have the form key.path=value"),
@@ -159,7 +261,7 @@ def fails_cleanly(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return err
 
 
-@pytest.mark.parametrize("bad", [*ONE_KEY, *CONTRADICTIONS, *OVERRIDES], ids=lambda bad: bad.name)
+@pytest.mark.parametrize("bad", [*ONE_KEY, *CONTRADICTIONS, *TASKS, *MODELS, *OVERRIDES], ids=lambda bad: bad.name)
 def test_one_mistake_gives_one_message_with_its_place(
     bad: Bad, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +270,33 @@ def test_one_mistake_gives_one_message_with_its_place(
     assert bad.says in err
     assert bad.place in err
     assert "errors" not in err, "one mistake, one message"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        CAUSAL,
+        CLASSES,
+        REGRESSION,
+        (*CAUSAL, "data.format=text"),
+        (*CAUSAL, "data.format=prompt", "evaluation={metrics: [bleu], every_steps: 5, max_tokens_per_device: 8192}"),
+        (*CAUSAL, LORA, NF4, "model.neftune_alpha=5.0", "model.gradient_checkpointing={every: 2, offload: true}"),
+        (*CAUSAL, LORA, "model.path=null", "model.config=x", NF4),
+        (*CAUSAL, "adapter={method: prefix_tuning}", "data.packing=false"),
+        (*CLASSES, "loss={class_weights: {yes: 2.0}, focal_gamma: 2.0}", "early_stopping={}"),
+        (*CLASSES[:2], "loss.class_weights=balanced", "early_stopping={metric: mcc}"),
+        (*CLASSES[:2], "classification={problem: multi_label}", "loss.label_smoothing=0.1"),
+        (*CLASSES, "freeze={layers: 0-3, until_step: 20}"),
+        (LORA, "model.quantization={bits: 8}"),
+        ("adapter={method: bottleneck, bottleneck_size: 32, dropout: 0.1}",),
+        ("freeze=[{encoder: '0-3,5', embeddings: true}, {decoder: all, until_step: 20}]",),
+    ],
+)
+def test_right_run_files_of_other_kinds(
+    overrides: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(write_run_file(tmp_path)), *overrides]) == 0
+    assert "run        " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("overrides", "says"), [case[1:] for case in DEEPSPEED_OVERRIDES])

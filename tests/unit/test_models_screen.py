@@ -96,6 +96,10 @@ BAD_DIRECTORIES: dict[str, tuple[Spoil, str]] = {
     "custom_generate": (edit("generation_config.json", custom_generate="evil/code"), "'custom_generate'"),
     "kernel from a hub": (edit("config.json", _attn_implementation_internal="evil/kernel"), "code from a hub"),
     "kernel from a hub, public key": (edit("config.json", attn_implementation="evil/kernel"), "code from a hub"),
+    "quantised": (
+        edit("config.json", quantization_config={"quant_method": "gptq"}),
+        "the weights are quantised already",
+    ),
     "an adapter": (edit("adapter_config.json", base_model_name_or_path="evil/base"), "an adapter, not a model"),
     "pickle only": (pickled(in_index=False), "only pickled weights: pytorch_model.bin"),
     "pickle in the index": (pickled(in_index=True), "'pytorch_model.bin' is not a safetensors file"),

@@ -1,0 +1,37 @@
+"""Forward passes over a set of rows, dealt to the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness.data.batches import cut_step
+from harness.data.encoded import EncodedRows
+from harness.decoding.beam import deal
+from harness.engine.processes import Processes
+from harness.tasks.task import Batch, Task
+
+
+@torch.no_grad()
+def forward_rows(
+    model: Any, rows: EncodedRows, task: Task, processes: Processes, *, max_tokens: int, num_rows: int | None = None
+) -> Iterator[tuple[list[int], Batch, Tensor]]:
+    """(row ids, batch, logits) of this rank's share of the first `num_rows` rows, without dropout.
+
+    Batches are those of one process, dealt to the ranks, so what is computed of a row does not depend on their number.
+    A rank short of batches takes part with one of no rows.
+    """
+    sizes = rows.sizes[:num_rows]
+    limit = max(max_tokens, int(sizes.max()))
+    batches = cut_step(np.arange(len(sizes)), sizes, max_tokens_per_device=limit, world_size=1)
+    was_training = model.training
+    model.eval()
+    for turn in deal([batch.tolist() for (batch,) in batches], processes.rank, processes.world_size):
+        ids = turn.rows if turn.counts else []
+        batch = task.collate(rows.take(ids), processes.device)
+        yield ids, batch, model(**batch.inputs).logits
+    model.train(was_training)
