@@ -105,10 +105,7 @@ def _activations(config: RunConfig) -> Iterator[Problem]:
             "prefix_tuning hands each layer keys and values that recomputing would lose: set it to false",
         )
     if method in ("prompt_tuning", "p_tuning") and config.model.neftune_alpha is not None:
-        yield (
-            "model.neftune_alpha",
-            f"{method} has its own input embeddings, which get no noise: remove it",
-        )
+        yield "model.neftune_alpha", f"{method} has its own input embeddings, which get no noise: remove it"
 
 
 def _bad_pattern(pattern: str) -> str | None:

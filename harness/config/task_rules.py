@@ -31,14 +31,12 @@ _FORMATS_OF_KEY: dict[str, tuple[str, ...]] = {
     "max_length": ("text", *_CONVERSATIONS, "labelled"),
     "packing": ("text", *_CONVERSATIONS),
 }
-# Other keys that only one task, or tasks that decode, have a use for.
+# Other keys, of one task or of the tasks that decode.
+_LABEL_KEYS = ("classification", "loss.focal_gamma", "loss.class_weights", "optimizer.head_lr")
+_BEAM_KEYS = ("beam_size", "length_penalty", "max_target_length", "max_length_ratio", "max_tokens_per_device")
 _TASKS_OF_KEY: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("classification", "loss.focal_gamma", "loss.class_weights"), ("classification",)),
-    **dict.fromkeys(
-        (f"evaluation.{key}" for key in ("beam_size", "length_penalty", "max_target_length", "max_length_ratio")),
-        ("translation", "causal_lm"),
-    ),
-    "evaluation.max_tokens_per_device": ("translation", "causal_lm"),
+    **dict.fromkeys(_LABEL_KEYS, ("classification",)),
+    **dict.fromkeys((f"evaluation.{key}" for key in _BEAM_KEYS), ("translation", "causal_lm")),
 }
 
 
@@ -77,10 +75,7 @@ def _format(config: RunConfig) -> Iterator[Problem]:
     formats = _FORMATS[config.task]
     if config.data.format not in formats:
         wanted = " or ".join(formats)
-        yield (
-            "data.format",
-            f"{config.data.format} does not fit task {config.task}: set it to {wanted}",
-        )
+        yield "data.format", f"{config.data.format} does not fit task {config.task}: set it to {wanted}"
 
 
 def _classification(config: RunConfig) -> Iterator[Problem]:

@@ -63,23 +63,25 @@ def set_num_updates(optimizer: torch.optim.Optimizer, tensor: Tensor, count: int
 
 
 def encode(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (uint8, one per value) and scales (one per block of 256) of float32 `values`; `levels` ascend.
+    """Codes (uint8, one per value) and scales (one per block of 256) of float32 `values`; `levels` ascend to 1.
 
-    A block's scale is that of its largest value, which gets the first or last level. Values that were decoded from
-    such codes are encoded to what decodes to the same bits: of the scales that rounding leaves open (one step up or
-    down) the one is taken that gives back most values of the block.
+    As bitsandbytes does, a block's scale is its largest value. But where values were decoded from such codes, they are
+    encoded to what decodes to the same bits: levels need not go down to -1, so the scale may have been one that made
+    the lowest level the largest value, and rounding leaves one step up or down open. Of these scales the one is taken
+    that gives back most values of the block.
     """
     blocks = torch.nn.functional.pad(values, (0, -values.numel() % BLOCK)).view(-1, BLOCK)
-    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
-    guess = largest / torch.where(largest < 0, levels[0], levels[-1])
-    codes, scales = torch.empty_like(blocks, dtype=torch.uint8), guess
-    fewest_wrong = torch.full_like(guess, BLOCK + 1)
-    for scale in (guess, torch.nextafter(guess, 2 * guess), torch.nextafter(guess, 0 * guess)):
-        found = _nearest(blocks / torch.where(scale > 0, scale, 1), levels)
-        num_wrong = (levels[found.int()] * scale != blocks).sum(1, keepdim=True)
-        is_better = num_wrong < fewest_wrong
-        codes, scales = torch.where(is_better, found, codes), torch.where(is_better, scale, scales)
-        fewest_wrong = torch.minimum(num_wrong, fewest_wrong)
+    largest = blocks.abs().amax(1, keepdim=True)
+    guesses = [largest, largest / -levels[0]] if levels[0] < 0 else [largest]
+    codes, scales = torch.empty_like(blocks, dtype=torch.uint8), largest
+    fewest_wrong = torch.full_like(largest, BLOCK + 1)
+    for guess in guesses:
+        for scale in (guess, torch.nextafter(guess, 2 * guess), torch.nextafter(guess, 0 * guess)):
+            found = _nearest(blocks / torch.where(scale > 0, scale, 1), levels)
+            num_wrong = (levels[found.int()] * scale != blocks).sum(1, keepdim=True)
+            is_better = num_wrong < fewest_wrong
+            codes, scales = torch.where(is_better, found, codes), torch.where(is_better, scale, scales)
+            fewest_wrong = torch.minimum(num_wrong, fewest_wrong)
     return codes.view(-1)[: values.numel()], scales.view(-1)
 
 

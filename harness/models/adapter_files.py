@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from harness.errors import ConfigError, DataError
@@ -64,7 +64,7 @@ def save_adapter(model: Any, directory: Path, *, base: str | Path) -> None:
     write_json(directory / BASE, {"name": str(base), "weights_sha256": base_fingerprint(base)})
 
 
-def load_adapter(base_model: PreTrainedModel, directory: Path, *, trainable: bool = False) -> nn.Module:
+def load_adapter(base_model: PreTrainedModel, directory: Path, *, trainable: bool = False) -> Any:
     """The adapter of `directory` on its base; `base_model` becomes part of what is returned.
 
     Raises DataError if files are damaged or the base is another one. An adapter that others have written does not say
@@ -83,10 +83,8 @@ def load_adapter(base_model: PreTrainedModel, directory: Path, *, trainable: boo
     try:
         if kind == BOTTLENECK_TYPE:
             return _load_bottlenecks(base_model, directory, config, trainable)
-        device = str(base_model.device)
-        adapted: nn.Module = PeftModel.from_pretrained(
-            base_model, directory, is_trainable=trainable, torch_device=device
-        )
+        options = {"is_trainable": trainable, "torch_device": str(base_model.device)}
+        adapted = PeftModel.from_pretrained(base_model, directory, **options)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"the adapter cannot be read: {error}", where=str(directory)) from error
     return without_virtual_positions(adapted)
@@ -133,7 +131,7 @@ def _differences(tensors: dict[str, Tensor], initial: dict[str, Tensor]) -> dict
     return found
 
 
-def _load_bottlenecks(model: PreTrainedModel, directory: Path, config: dict[str, Any], trainable: bool) -> nn.Module:
+def _load_bottlenecks(model: PreTrainedModel, directory: Path, config: dict[str, Any], trainable: bool) -> Any:
     add_bottlenecks(model, size=config["size"], dropout=config["dropout"], saved=config["saved"])
     ours, theirs = bottleneck_tensors(model), load_file(directory / WEIGHTS)
     if ours.keys() != theirs.keys():

@@ -10,11 +10,12 @@ from torch import nn
 from harness.models.layers import embedding_names, layer_places
 
 ADAPTER_PART = re.compile(r"(^|\.)(lora_\w+|ia3_l|ranknum|prompt_encoder|bottleneck)\.")
+PARTS = ("embeddings", "encoder", "decoder", "layers", "rest", "saved whole", "adapter")
 SAVED_PART = re.compile(r"\.modules_to_save\.")
 
 
 def parameter_counts(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(trained, frozen) numbers of each part: embeddings, layers (encoder and decoder), rest, saved whole, adapter.
+    """(trained, frozen) numbers of each of PARTS that the model has.
 
     Weights packed in 4 bits and weights that ZeRO-3 has sharded count as what they stand for.
     """
@@ -26,7 +27,7 @@ def parameter_counts(model: nn.Module) -> dict[str, tuple[int, int]]:
         trained, frozen = counts.get(part, (0, 0))
         number = num_weights(parameter)
         counts[part] = (trained + number, frozen) if parameter.requires_grad else (trained, frozen + number)
-    return counts
+    return {part: counts[part] for part in PARTS if part in counts}
 
 
 def parameter_table(model: nn.Module) -> str:

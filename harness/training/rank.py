@@ -103,7 +103,8 @@ def _run_or_exit(plan: Plan, environment: RankEnvironment, prepare_directory: Ca
     stop = StopRequest(Path(plan.run_dir))
     stop.listen()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    for module in ("torch.distributed", "transformers"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     try:
         run_rank(plan, environment, stop, prepare_directory)
     except BaseException as error:

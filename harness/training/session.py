@@ -19,6 +19,7 @@ from harness.errors import DataError
 from harness.models.assemble import assemble
 from harness.models.freeze import phase_boundaries
 from harness.models.isolation import check_isolation
+from harness.models.parameter_table import parameter_table
 from harness.plan.plan import Plan
 from harness.tasks.causal_lm import CausalTask
 from harness.tasks.task import Task
@@ -116,6 +117,8 @@ def open_session(
         world_size=processes.world_size,
         **timings,
     )
+    if config.adapter is not None or config.freeze:
+        records.note(parameter_table(engine.module))
     for reason in broken:
         records.note(f"a checkpoint was passed over: {reason}")
     return Session(

@@ -16,7 +16,7 @@ from harness.config.schema import RunConfig
 from harness.data.encoded import Encoded
 from harness.data.rows import Row
 from harness.errors import ConfigError, DataError
-from harness.models.heads import head_names
+from harness.models.heads import head_names, stored_labels
 from harness.models.load import load_matching_tokenizer, load_model
 from harness.tasks.classification import ClassificationTask, with_labels_of
 from harness.tasks.task import Batch
@@ -156,6 +156,16 @@ def test_a_saved_classifier_keeps_its_head_and_labels(
     saved = open_model(run_config(tmp_path, seed=99))
     batch = task.collate(examples_of(task.encode(rows_of("single_label"))), CPU)
     assert logits_of(saved, batch).equal(logits_of(model, batch))
+
+
+@pytest.mark.parametrize("problem", ["single_label", "multi_label", "regression"])
+def test_labels_are_read_back_from_a_saved_classifier(
+    problem: str, directories: dict[str, Path], tmp_path: Path
+) -> None:
+    config = run_config(directories["bert"], problem=problem)
+    open_model(config).save_pretrained(tmp_path)
+    assert stored_labels(tmp_path) == config.classification
+    assert stored_labels(directories["bert"]) is None
 
 
 def test_rows_are_those_of_the_tokeniser(directories: dict[str, Path]) -> None:
