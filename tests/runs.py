@@ -50,6 +50,11 @@ def tiny_run(directory: Path, model: Path, *, name: str, **changes: Any) -> dict
         "evaluation": None,
         "monitor": {"tensorboard": False, "log_every_steps": 5},
     }
+    return with_changes(run, changes)
+
+
+def with_changes(run: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`run` in place with dotted keys, written with `__`, set to other values."""
     for key, value in changes.items():
         *sections, last = key.split("__")
         target = run

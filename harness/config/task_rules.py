@@ -32,7 +32,7 @@ _FORMATS_OF_KEY: dict[str, tuple[str, ...]] = {
     "packing": ("text", *_CONVERSATIONS),
 }
 # Other keys, of one task or of the tasks that decode.
-_LABEL_KEYS = ("classification", "loss.focal_gamma", "loss.class_weights", "optimizer.head_lr")
+_LABEL_KEYS = ("classification", "loss.focal_gamma", "loss.class_weights")
 _BEAM_KEYS = ("beam_size", "length_penalty", "max_target_length", "max_length_ratio", "max_tokens_per_device")
 _TASKS_OF_KEY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_LABEL_KEYS, ("classification",)),

@@ -43,7 +43,7 @@ class RankAllocator:
         self.gradients: dict[str, Tensor] = {}
         self.parts = self._find_parts()
         self.num_triplets = sum(part.rank for part in self.parts.values() if part.letter == "E")
-        self.target = self.settings.target_r * sum(part.letter == "E" for part in self.parts.values())
+        self.target: int = self.settings.target_r * sum(part.letter == "E" for part in self.parts.values())
         for name, parameter in engine.module.named_parameters():
             if name in self.parts:
                 parameter.register_hook(partial(self._collect, name, parameter))
@@ -165,4 +165,5 @@ def _slice(tensor: Tensor, piece: Piece) -> Tensor:
 def _orthogonality_gradient(rows: Tensor) -> Tensor:
     """Gradient of the Frobenius norm of R R^T - 1 for the rows R [r, width]."""
     off = rows @ rows.T - torch.eye(len(rows), device=rows.device)
-    return 2 * off @ rows / off.norm().clamp_min(1e-12)
+    gradient: Tensor = 2 * off @ rows / off.norm().clamp_min(1e-12)
+    return gradient

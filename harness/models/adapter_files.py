@@ -136,10 +136,9 @@ def _load_bottlenecks(model: PreTrainedModel, directory: Path, config: dict[str,
     ours, theirs = bottleneck_tensors(model), load_file(directory / WEIGHTS)
     if ours.keys() != theirs.keys():
         raise ValueError(f"{len(ours.keys() ^ theirs.keys())} parameters are not in both adapter and model")
-    with torch.no_grad():
-        for name, parameter in ours.items():
-            parameter.copy_(theirs[name])
-            parameter.requires_grad_(trainable)
+    model.load_state_dict(theirs, strict=False)
+    for parameter in ours.values():
+        parameter.requires_grad_(trainable)
     return model
 
 

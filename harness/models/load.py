@@ -31,10 +31,10 @@ from harness.io.atomic import sha256_file
 from harness.models.activations import apply_activation_options, override_dropout
 from harness.models.families import Family, check_model_type, family_of
 from harness.models.heads import head_names, set_labels
-from harness.models.screen import TOKENIZER_FILES, screen_model_directory
+from harness.models.screen import TOKENIZER_COMPANIONS, TOKENIZER_FILES, screen_model_directory
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_FILES = ["*.json", "*.safetensors", *TOKENIZER_FILES, "target.spm", "*.jinja"]
+HUB_FILES = ["*.json", "*.safetensors", *TOKENIZER_FILES, *TOKENIZER_COMPANIONS]
 logging.disable_progress_bar()
 # Marian's tokeniser recommends a package that it then has no use for.
 warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")
@@ -248,6 +248,6 @@ def _check_ids(vocabulary: dict[str, int], vocab_size: int, directory: Path) -> 
 def tokenizer_fingerprint(path: str | Path) -> str:
     """Hash over the files that decide how text becomes token ids: the tokeniser's and config.json."""
     directory = model_directory(str(path))
-    names = {*TOKENIZER_FILES, "target.spm", "tokenizer_config.json", "config.json", "chat_template.jinja"}
+    names = {*TOKENIZER_FILES, *TOKENIZER_COMPANIONS, "tokenizer_config.json", "config.json"}
     files = sorted(file for file in directory.iterdir() if file.name in names)
     return hashlib.sha256("".join(f"{file.name} {sha256_file(file)}\n" for file in files).encode()).hexdigest()

@@ -26,7 +26,8 @@ from tests.tiny_llm import make_tiny_llm
 
 CPU = torch.device("cpu")
 COLOURS = ["red", "green", "blue"]
-TEXTS = [source for source, _ in PAIRS[:8]]
+SENTENCES = [source for source, _ in PAIRS[:6]]
+TEXTS = [*SENTENCES, " ".join(SENTENCES[:2]), " ".join(SENTENCES[2:5])]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def run_config(directory: Path, *, problem: str = "single_label", labels: Sequen
         {
             "name": "colours",
             "task": "classification",
-            "model": {"path": str(directory), "dropout": 0.0},
+            "model": {"path": str(directory)},
             "classification": {"problem": problem, "labels": None if problem == "regression" else labels},
             "data": {"train": [{"path": "rows.tsv"}], "max_length": more.pop("max_length", 64)},
             "batch": {"tokens_per_step": 512, "max_tokens_per_device": 512},

@@ -117,7 +117,7 @@ TASKS = [
     of_task("labels of a translation", (), "classification={}", key="classification",
             says="no meaning with task translation, only with classification"),
     of_task("head of a translation", (), "optimizer.head_lr=1e-3", key="optimizer.head_lr",
-            says="only with classification"),
+            says="only classification makes a new head"),
     of_task("focal translation", (), "loss.focal_gamma=2.0", key="loss.focal_gamma", says="only with classification"),
     of_task("balanced conversations", CAUSAL, "loss.class_weights=balanced", key="loss.class_weights",
             says="no meaning with task causal_lm"),
