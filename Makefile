@@ -1,5 +1,6 @@
 # make setup   the virtual environment .venv with the `harness` command
 # make demo    fine-tune a small pretrained base on real pairs and print scores and translations
+# make demo-llm   QLoRA on a small chat model, its answers before and after, the adapter and a merged model
 # make test    every test;  make quick: only those without processes
 # make lint    formatting, lint and types
 # make bench   the measurements of benchmarks/
@@ -10,9 +11,9 @@ STAMP := .venv/.stamp
 quick test: export DS_ACCELERATOR = cpu
 quick test: export OMP_NUM_THREADS = 1
 quick test: export TOKENIZERS_PARALLELISM = false
-quick test demo: export HF_HUB_OFFLINE = 1
+quick test demo demo-llm: export HF_HUB_OFFLINE = 1
 
-.PHONY: setup demo test quick lint format docs bench clean
+.PHONY: setup demo demo-llm test quick lint format docs bench clean
 
 setup: $(STAMP)
 
@@ -23,6 +24,13 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/python -m examples.demo
+
+demo-llm: .venv/.demo-llm
+	$(BIN)/python -m examples.demo_llm
+
+.venv/.demo-llm: $(STAMP)
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[demo-llm]'
+	touch $@
 
 quick: setup
 	$(BIN)/pytest -m "not slow and not cluster"

@@ -225,6 +225,9 @@ class _GreedyScores:
             self.length_B += self.open_B
         return allowed
 
+    def __deepcopy__(self, memo: object) -> _GreedyScores:
+        return self  # PEFT copies what it gets when it puts virtual tokens in front
+
     def scores(self) -> Tensor:
         return self.sum_B / self.length_B**self.length_penalty
 

@@ -112,12 +112,19 @@ def _is_tied(model: PreTrainedModel, config: AdapterConfig) -> bool:
 
 
 def _check_virtual_tokens(model: PreTrainedModel, method: str, task: Task) -> None:
-    """Raises ConfigError where a classifier looks for its last token in input ids that virtual tokens replace."""
-    if task != "classification" or method not in ("prefix_tuning", "prompt_tuning", "p_tuning"):
+    """Raises ConfigError where PEFT's virtual tokens would be wrong in silence, or fail in the first step.
+
+    Some classifiers look for their last token in the input ids; Marian scales embeddings only if it looks them up.
+    """
+    if method not in ("prefix_tuning", "prompt_tuning", "p_tuning"):
         return
     finds_last_token = "score" in head_modules(model) and method != "prefix_tuning"
-    if model.config.is_encoder_decoder or finds_last_token:
-        what = f"{type(model).__name__} cannot classify inputs with virtual tokens in front"
+    scales_outside = (
+        getattr(model.config, "scale_embedding", False) and type(model.get_input_embeddings()) is nn.Embedding
+    )
+    wrong = task == "classification" and (model.config.is_encoder_decoder or finds_last_token)
+    if wrong or (scales_outside and method != "prefix_tuning"):
+        what = f"{type(model).__name__} cannot have virtual tokens in front of its input"
         raise ConfigError(what, where="adapter.method", hint="use lora")
 
 

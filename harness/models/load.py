@@ -26,7 +26,7 @@ from transformers.models.marian.modeling_marian import MarianSinusoidalPositiona
 from transformers.utils import logging
 
 from harness.config.schema import ClassificationConfig, ModelConfig, QuantizationConfig, Task
-from harness.errors import ConfigError, DataError
+from harness.errors import ConfigError, DataError, HarnessError
 from harness.io.atomic import sha256_file
 from harness.models.activations import apply_activation_options, override_dropout
 from harness.models.families import Family, check_model_type, family_of
@@ -36,6 +36,9 @@ from harness.models.screen import TOKENIZER_COMPANIONS, TOKENIZER_FILES, screen_
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", *TOKENIZER_FILES, *TOKENIZER_COMPANIONS]
 logging.disable_progress_bar()
+# Tensor parallelism, which nobody has asked for: every weight "was not sharded".
+logging.get_logger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)
+logging.get_logger("transformers.modeling_utils").setLevel(logging.ERROR)  # of missing weights we tell ourselves
 # Marian's tokeniser recommends a package that it then has no use for.
 warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")
 
@@ -129,7 +132,7 @@ def load_model(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = build(directory, task, options, device, model.quantization)
-    except DataError:
+    except HarnessError:
         raise
     except Exception as error:  # validation raises errors of several libraries
         reason = f"the model cannot be built: {error}"
@@ -199,7 +202,7 @@ def _pretrained_model(
 ) -> PreTrainedModel:
     """Raises DataError if a weight is missing or has another shape: it must not be drawn at random in silence.
 
-    Only a classification head may be new.
+    Only a classification head may be new: the base has none, or one for other labels.
     """
     options |= {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -217,9 +220,9 @@ def _pretrained_model(
             # On a CPU with AVX512-BF16, bitsandbytes would lay 4-bit weights out for inference at the first evaluation
             # and never back: the steps after it would have no gradient below the topmost layer.
             module.support_avx512bf16_for_cpu = False
+    new = head_names(model) if task == "classification" else set()
     for what in ("missing_keys", "mismatched_keys"):
-        new = head_names(model) if task == "classification" and what == "missing_keys" else set()
-        if wrong := sorted(set(map(str, info[what])) - new):
+        if wrong := sorted({key if isinstance(key, str) else key[0] for key in info[what]} - new):
             message = f"{len(wrong)} weights do not fit config.json ({what.replace('_', ' ')}): {', '.join(wrong[:5])}"
             raise DataError(message, where=str(directory), hint="config.json and weights are of different models")
     return model

@@ -57,7 +57,7 @@ class ClassificationTask(Task):
             tokenizer.pad_token = tokenizer.eos_token
         directory = model_directory(config.model.path or config.model.config or "")
         model = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        has_segments = SEGMENTS in tokenizer.model_input_names and getattr(model, "type_vocab_size", 0) > 1
+        has_segments = SEGMENTS in tokenizer.model_input_names and (getattr(model, "type_vocab_size", None) or 0) > 1
         return cls(tokenizer, kind, config.data.max_length, config.loss, _weights(config.loss, kind), has_segments)
 
     @cached_property

@@ -13,6 +13,7 @@ from harness.data.encoded import EncodedRows
 from harness.data.leakage import held_out_sources
 from harness.data.rows import Row
 from harness.data.sources import as_source, read_rows
+from harness.errors import ConfigError
 from harness.io.atomic import read_json, write_json
 from harness.models.load import load_family, load_matching_tokenizer, tokenizer_fingerprint
 from harness.tasks.causal_lm import CausalTask
@@ -96,6 +97,9 @@ def evaluation_sources(config: RunConfig) -> dict[str, DataSource]:
 
 def prepare(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     """Clean, encode and cache all sets, write the reports into `run_dir`; returns the directory of each set."""
+    if config.adapter is not None and config.model.path is None:
+        hint = "name a pretrained model in model.path"
+        raise ConfigError("an adapter belongs to a base with weights", where="model.config", hint=hint)
     config = with_labels(config)
     prepared = prepare_sets(config, build_task(config), run_dir)
     write_reports(run_dir, prepared.values())

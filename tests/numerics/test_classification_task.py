@@ -27,7 +27,7 @@ from tests.tiny_llm import make_tiny_llm
 CPU = torch.device("cpu")
 COLOURS = ["red", "green", "blue"]
 SENTENCES = [source for source, _ in PAIRS[:6]]
-TEXTS = [*SENTENCES, " ".join(SENTENCES[:2]), " ".join(SENTENCES[2:5])]
+TEXTS = [*SENTENCES, SENTENCES[0][:9], SENTENCES[1][:20]]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def run_config(directory: Path, *, problem: str = "single_label", labels: Sequen
             "task": "classification",
             "model": {"path": str(directory)},
             "classification": {"problem": problem, "labels": None if problem == "regression" else labels},
-            "data": {"train": [{"path": "rows.tsv"}], "max_length": more.pop("max_length", 64)},
+            "data": {"train": [{"path": "rows.tsv"}], "max_length": more.pop("max_length", 128)},
             "batch": {"tokens_per_step": 512, "max_tokens_per_device": 512},
             "optimizer": {"lr": 1e-3},
             "schedule": {"steps": 1},
@@ -157,6 +157,18 @@ def test_a_saved_classifier_keeps_its_head_and_labels(
     saved = open_model(run_config(tmp_path, seed=99))
     batch = task.collate(examples_of(task.encode(rows_of("single_label"))), CPU)
     assert logits_of(saved, batch).equal(logits_of(model, batch))
+
+
+def test_a_head_for_other_labels_makes_way_for_a_new_one(directories: dict[str, Path], tmp_path: Path) -> None:
+    config = run_config(directories["bert"])
+    model = open_model(config)
+    model.save_pretrained(tmp_path)
+    open_task(config).tokenizer.save_pretrained(tmp_path)
+    other = open_model(run_config(tmp_path, labels=[*COLOURS, "white"]))
+    assert other.config.num_labels == 4
+    fresh = head_names(model) - {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    kept = dict(model.named_parameters())
+    assert all(value.equal(kept[name]) for name, value in other.named_parameters() if name not in fresh)
 
 
 @pytest.mark.parametrize("problem", ["single_label", "multi_label", "regression"])
