@@ -25,12 +25,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m examples.demo
 
-demo-llm: .venv/.demo-llm
+demo-llm: setup
 	$(BIN)/python -m examples.demo_llm
-
-.venv/.demo-llm: $(STAMP)
-	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[demo-llm]'
-	touch $@
 
 quick: setup
 	$(BIN)/pytest -m "not slow and not cluster"

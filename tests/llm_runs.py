@@ -1,4 +1,4 @@
-"""Short real runs of tiny decoder-only models: a run file, and its conversations as the tokeniser's template writes them."""
+"""Short real runs of tiny decoder-only models: the run file, its conversations, what is left of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from harness.checkpoint.state import CheckpointTensors
 from tests.pairs import PAIRS
@@ -44,6 +47,12 @@ def llm_run(directory: Path, model: Path, *, name: str, preset: str = "zero0", *
     return with_changes(run, changes)
 
 
+def evaluations_of(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of scored sets, in order."""
+    path = Path(run["output_dir"]) / run["name"] / "metrics.jsonl"
+    return [record for record in map(json.loads, path.read_text().splitlines()) if record["event"] == "evaluation"]
+
+
 def last_checkpoint(run: dict[str, Any]) -> Path:
     directory: Path = max((Path(run["output_dir"]) / run["name"] / "checkpoints").glob("step-*"))
     return directory
@@ -53,3 +62,14 @@ def weights_of(run: dict[str, Any]) -> dict[str, Any]:
     """The trained parameters at the end of a run, by name."""
     tensors = CheckpointTensors(last_checkpoint(run))
     return {name: tensors.whole(name) for name in tensors.names()}
+
+
+def conversation(tokenizer: Any, talk: dict[str, str]) -> tuple[Tensor, Tensor]:
+    """Token ids [T] of a row, and its labels for transformers: the answer and its <|im_end|>, not the line break after.
+
+    The chat template of tests.tiny_llm is rendered by transformers, not by harness.
+    """
+    turns = [{"role": "user", "content": talk["prompt"]}, {"role": "assistant", "content": talk["completion"]}]
+    ids = tokenizer.apply_chat_template(turns, return_dict=False)
+    prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
+    return torch.tensor(ids), torch.tensor([-100] * len(prompt) + ids[len(prompt) : -1] + [-100])

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 PAIRS = Path(__file__).parent.parent / "data"
-NUM_ROWS = {"train": 1600, "test": 64}
+NUM_ROWS = {"train": 1200, "test": 64}
 LENGTHS = range(20, 91)  # characters of the German side
 SEED = 17
 
@@ -37,8 +37,7 @@ def write(path: Path, rows: list[Row]) -> None:
     path.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
-def main() -> None:
-    directory = Path(sys.argv[1])
+def main(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     train, test = (instructions(part) for part in ("train", "test"))
     asked = {prompt for _, prompt, _ in test}
@@ -47,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

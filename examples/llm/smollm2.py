@@ -9,6 +9,7 @@ Needs `gguf`, of the extra `demo-llm`.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -32,9 +33,7 @@ def convert(gguf: Path, directory: Path) -> None:
     """Write model, tokeniser and chat template of `gguf` to a new `directory`, all of it or nothing."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
@@ -47,6 +46,7 @@ def convert(gguf: Path, directory: Path) -> None:
 
 
 def main(directory: Path) -> None:
+    os.environ["TQDM_DISABLE"] = "1"
     if not directory.exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:

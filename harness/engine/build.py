@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from harness.config.schema import OptimizerConfig
+from harness.engine.build_ops import use_our_ninja
 from harness.engine.fragments import start_from
 from harness.engine.groups import LR_SCALE, parameter_groups
 from harness.engine.optimizers import build_optimizer
@@ -43,6 +44,7 @@ def build_engine(
     """
     import deepspeed
 
+    use_our_ninja()
     offloaded = offload_device(deepspeed_config, "optimizer") != "none"
     groups = parameter_groups(model, optimizer_config, new_heads=new_heads, starts=starts)
     optimizer = build_optimizer(groups, optimizer_config, device=processes.device, offloaded=offloaded)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from harness.config.deepspeed import offload_device
 from harness.config.schema import OptimizerConfig
 from harness.engine.groups import IS_HIDDEN_MATRIX, ParamGroups
 
@@ -21,8 +22,9 @@ def build_optimizer(
     return OPTIMIZERS[config.name](groups, config, device, offloaded)
 
 
-def needed_ops(config: OptimizerConfig, *, device_type: str, offloaded: bool) -> list[str]:
-    """DeepSpeed ops that the optimizer compiles at first use: build them once, before ranks wait for each other."""
+def needed_ops(config: OptimizerConfig, deepspeed_config: dict[str, Any], device_type: str) -> list[str]:
+    """DeepSpeed ops that the optimizer would compile at first use, while ranks wait for each other."""
+    offloaded = offload_device(deepspeed_config, "optimizer") != "none"
     if config.name != "adamw" or not _is_deepspeeds(config, device_type, offloaded):
         return []
     return ["cpu_adam" if offloaded else "fused_adam"]

@@ -60,6 +60,8 @@ def main_from_run_file(argv: Sequence[str]) -> int:
 def run_rank(plan: Plan, environment: RankEnvironment, stop: StopRequest, prepare_directory: Callable[[], Any]) -> None:
     """Meet the other ranks, prepare the rows once, train, finish."""
     started = time.monotonic()
+    from harness.engine.build_ops import build_ops
+    from harness.engine.optimizers import needed_ops
     from harness.engine.processes import Processes, find_device, find_store, join, leave
     from harness.training.finish import finish
     from harness.training.loop import train
@@ -77,6 +79,7 @@ def run_rank(plan: Plan, environment: RankEnvironment, stop: StopRequest, prepar
         prepare_directory()
         fault_point("prepare")
         with stop.at_once():
+            build_ops(needed_ops(plan.config.optimizer, plan.deepspeed, processes.device.type))
             return prepare(plan.config, run_dir)
 
     prepare_started = time.monotonic()

@@ -1,4 +1,4 @@
-"""A causal language model learns the same on every layout, packed or not, and what plain PyTorch and transformers learn.
+"""A causal language model learns the same on every layout, packed or not, and what plain transformers learns.
 
 The reference uses nothing of harness for tokens, masks, model, loss, clipping, optimizer or schedule: one process, the
 rows of a global batch in one padded forward pass with the labels and the loss of transformers.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from harness.config.load import load_run_config
 from harness.data.loader import TrainingSteps
 from harness.training.prepare import build_task, prepare_sets
-from tests.llm_runs import PRESETS, llm_run, weights_of
+from tests.llm_runs import PRESETS, conversation, llm_run, weights_of
+from tests.pairs import PAIRS
 from tests.runs import run_ranks, steps_of, write_run
 from tests.tiny_llm import make_tiny_llm
 
@@ -28,38 +29,45 @@ pytestmark = pytest.mark.slow
 
 NUM_STEPS, WARMUP_STEPS, LR, WEIGHT_DECAY, CLIP_NORM = 12, 3, 2e-3, 0.01, 2.0
 TOKENS_PER_DEVICE = (256, 512)
+PACKING = (True, False)  # each has its own global batches: only rows by themselves are put with rows of their length
 WHOLE_EPOCH = 4000  # tokens: a step is all rows, so its rows do not depend on their order
 
-Runs = dict[bool, list[dict[str, Any]]]  # packing -> the run of each layout
+
+class Runs(NamedTuple):
+    """By `data.packing`: the runs of 1 and 2 ranks x ZeRO stages x sizes of a micro-batch, and one of WHOLE_EPOCH."""
+
+    layouts: dict[bool, list[dict[str, Any]]]
+    whole: dict[bool, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """1 and 2 ranks x ZeRO stages x sizes of a micro-batch."""
     directory = tmp_path_factory.mktemp("causal")
     model = make_tiny_llm(directory / "model")
-    found: Runs = {True: [], False: []}
-    for world_size in (1, 2):
-        group = [
-            (packing, make_run(directory, model, f"w{world_size}-{preset}-{tokens}-{packing}", preset, tokens, packing))
-            for packing in found
+
+    def run_of(name: str, preset: str, packing: bool, tokens: int, **changes: Any) -> dict[str, Any]:
+        return llm_run(
+            directory, model, name=name, preset=preset, data__packing=packing, batch__max_tokens_per_device=tokens,
+            optimizer={"lr": LR, "weight_decay": WEIGHT_DECAY, "clip_norm": CLIP_NORM},
+            schedule={"name": "linear", "warmup_steps": WARMUP_STEPS, "steps": NUM_STEPS}, **changes,
+        )  # fmt: skip
+
+    layouts = {
+        (world_size, packing): [
+            run_of(f"w{world_size}-{preset}-{packing}-{tokens}", preset, packing, tokens)
             for preset in PRESETS
             for tokens in TOKENS_PER_DEVICE
         ]
-        run_ranks([run for _, run in group], world_size)
-        for packing, run in group:
-            found[packing].append(run)
-    return found
-
-
-def make_run(
-    directory: Path, model: Path, name: str, preset: str, tokens: int, packing: bool, **changes: Any
-) -> dict[str, Any]:
-    return llm_run(
-        directory, model, name=name, preset=preset, data__packing=packing, batch__max_tokens_per_device=tokens,
-        optimizer={"lr": LR, "weight_decay": WEIGHT_DECAY, "clip_norm": CLIP_NORM},
-        schedule={"name": "linear", "warmup_steps": WARMUP_STEPS, "steps": NUM_STEPS}, **changes,
-    )  # fmt: skip
+        for world_size in (1, 2)
+        for packing in PACKING
+    }
+    whole = {
+        packing: run_of(f"whole-{packing}", "zero2", packing, 512, batch__tokens_per_step=WHOLE_EPOCH)
+        for packing in PACKING
+    }
+    run_ranks([*layouts[1, True], *layouts[1, False]], world_size=1, timeout_s=600.0)
+    run_ranks([*layouts[2, True], *layouts[2, False], *whole.values()], world_size=2, timeout_s=600.0)
+    return Runs({packing: layouts[1, packing] + layouts[2, packing] for packing in PACKING}, whole)
 
 
 def assert_same_steps(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], message: str) -> None:
@@ -68,39 +76,25 @@ def assert_same_steps(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str,
         assert [step[key] for step in ours] == pytest.approx([step[key] for step in theirs], rel=1e-5), (message, key)
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", PACKING)
 def test_steps_do_not_depend_on_the_layout(packing: bool, runs: Runs) -> None:
-    reference = steps_of(runs[packing][0])
+    reference = steps_of(runs.layouts[packing][0])
     assert len(reference) == NUM_STEPS
     assert reference[-1]["loss"] < reference[0]["loss"] - 0.4
-    for run in runs[packing]:
+    for run in runs.layouts[packing]:
         assert_same_steps(steps_of(run), reference, run["name"])
 
 
-def test_packs_have_less_padding_and_other_global_batches(runs: Runs) -> None:
-    packed, alone = (steps_of(runs[packing][0]) for packing in (True, False))
-    assert packed[0]["row_digest"] != alone[0]["row_digest"]
-    assert max(step["padding_fraction"] for step in alone) > 0.0
-    rows = [step["rows"] for step in packed]
-    assert sum(step["rows"] for step in packed if step["epoch"] == 0) == 42, rows
-
-
-def test_the_same_rows_packed_and_alone_are_the_same_step(tmp_path: Path) -> None:
-    model = make_tiny_llm(tmp_path / "model")
-    found = [
-        make_run(tmp_path, model, f"whole-{packing}", "zero2", 512, packing, batch__tokens_per_step=WHOLE_EPOCH)
-        for packing in (True, False)
-    ]
-    run_ranks(found, world_size=2)
-    packed, alone = map(steps_of, found)
-    assert len({step["row_digest"] for step in packed}) == 1
+def test_the_same_rows_packed_and_alone_are_the_same_step(runs: Runs) -> None:
+    packed, alone = (steps_of(runs.whole[packing]) for packing in PACKING)
+    assert {step["rows"] for step in [*packed, *alone]} == {len(PAIRS)}
     assert_same_steps(packed, alone, "packed and alone")
-    assert packed[0]["padding_fraction"] != alone[0]["padding_fraction"]
+    assert packed[0]["padding_fraction"] != alone[0]["padding_fraction"], "the micro-batches were others"
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", PACKING)
 def test_every_step_is_that_of_plain_transformers(packing: bool, runs: Runs) -> None:
-    run = runs[packing][0]
+    run = runs.layouts[packing][0]
     steps, (losses, grad_norms, weights) = steps_of(run), plain_training(run)
     assert [step["loss"] for step in steps] == pytest.approx(losses, rel=1e-5)
     assert [step["nll"] for step in steps] == pytest.approx(losses, rel=1e-5)
@@ -153,11 +147,3 @@ def global_batches(run: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
         }
-
-
-def conversation(tokenizer: Any, talk: dict[str, str]) -> tuple[Tensor, Tensor]:
-    """Token ids, and the labels of transformers: the answer with its <|im_end|>, without the line break after that."""
-    turns = [{"role": "user", "content": talk["prompt"]}, {"role": "assistant", "content": talk["completion"]}]
-    ids = tokenizer.apply_chat_template(turns, return_dict=False)
-    prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
-    return torch.tensor(ids), torch.tensor([-100] * len(prompt) + ids[len(prompt) : -1] + [-100])

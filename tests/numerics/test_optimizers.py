@@ -220,9 +220,7 @@ def test_8_bit_adamw_on_whole_parameters_is_that_of_bitsandbytes(optimizer: str,
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_8_bit_adamw_follows_adamw_however_its_blocks_are_cut(
-    layout: tuple[int, bool], runs: Path, plain: Any
-) -> None:
+def test_8_bit_adamw_follows_adamw_however_its_blocks_are_cut(layout: tuple[int, bool], runs: Path, plain: Any) -> None:
     steps = seen(runs, name_of("adamw_8bit", layout))
     assert steps["losses"] == pytest.approx(plain["adamw"][1], rel=1e-3)
     assert steps["bytes"][-1] < 0.6 * seen(runs, name_of("adamw", layout))["bytes"][-1]
