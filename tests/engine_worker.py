@@ -7,9 +7,12 @@ DIRECTORY/cases.json is a list of `Case`s; each leaves NAME.json (what rank 0 sa
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import weakref
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from harness.engine.build import apply_gradients, build_engine, close_engine
 from harness.engine.processes import Processes, find_device, find_store, join, leave
 from harness.models.freeze import Freezing, phase_boundaries, resolve_freezing
 
-VOCABULARY, NUM_ROWS, LENGTH = 120, 4, 7
+VOCABULARY, NUM_ROWS, LENGTH, PEAK = 120, 4, 7, 1e-3
 
 
 @dataclass
@@ -47,7 +50,7 @@ class Case:
 
     @property
     def optimizer_config(self) -> OptimizerConfig:
-        return OptimizerConfig(**{"lr": 1e-2, "weight_decay": 0.1, **self.optimizer})
+        return OptimizerConfig(**{"lr": PEAK, "weight_decay": 0.1, **self.optimizer})
 
     @property
     def rules(self) -> list[FreezeRule]:
@@ -88,6 +91,31 @@ def loss_sum(model: Any, rows: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), rows.flatten(), reduction="sum")
 
 
+def digest(parameters: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name, parameter in parameters.items():
+        found.update(name.encode() + parameter.detach().numpy().tobytes())
+    return found.hexdigest()
+
+
+def whole(parameters: Iterable[Any]) -> Any:
+    """ZeRO-3 gathers the parameters for the time of this context."""
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not sharded:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(sharded)
+
+
+def num_gradients(engine: Any) -> int | None:
+    """Values of gradients on all ranks after the backward passes of a step; stages 1 and 2 keep them out of sight."""
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        return int(engine.optimizer.grad_partitions_flat_buffer.numel()) * dist.get_world_size()
+    return None if stage else sum(p.grad.numel() for p in engine.module.parameters() if p.grad is not None)
+
+
 def rate_at(step: int) -> float:
     """Multiple of the peak learning rate."""
     return 1.0 - 0.05 * step
@@ -100,7 +128,9 @@ class Run:
         self.case, self.processes = case, processes
         self.store = CheckpointStore(directory / case.name)
         self.step = 0
-        self.seen: dict[str, Any] = {"losses": [], "norms": [], "bytes": [], "leaked": []}
+        self.seen: dict[str, list[Any]] = {
+            name: [] for name in ("losses", "norms", "bytes", "gradients", "frozen", "leaked")
+        }
         self.engine: Any = None
         self.freezing: Freezing
         if case.first is not None:
@@ -147,12 +177,17 @@ class Run:
         mine = rows[self.processes.rank :: self.processes.world_size]
         loss = loss_sum(self.engine, mine)
         self.engine.backward(loss * (self.processes.world_size / rows.numel()), scale_wrt_gas=False)
+        self.seen["gradients"].append(num_gradients(self.engine))
         outcome = apply_gradients(self.engine, self.case.optimizer_config.lr * rate_at(self.step))
         assert outcome.applied
         self.step += 1
         self.seen["losses"].append(self.processes.sum([float(loss.detach())])[0] / rows.numel())
         self.seen["norms"].append(outcome.grad_norm)
         self.seen["bytes"].append(measure.optimizer_bytes(self.engine))
+        if self.case.freeze:
+            frozen = {name: p for name, p in self.engine.module.named_parameters() if not p.requires_grad}
+            with whole(frozen.values()):
+                self.seen["frozen"].append(digest(frozen))
 
 
 def main(directory: Path, rank: int, world_size: int) -> None:

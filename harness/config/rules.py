@@ -153,8 +153,34 @@ def optimizer_problem(name: str, *, stage: int, offload: OffloadDevice) -> str |
 
 
 def _adapter(config: RunConfig) -> Iterator[Problem]:
-    """Adapters and quantised bases that a ZeRO stage cannot train."""
-    yield from ()
+    """Adapters that cannot be trained on a quantised base, in a type, or with a ZeRO stage or offload."""
+    adapter, quantization = config.adapter, config.model.quantization
+    if adapter is None:
+        return
+    document = merged_document(config.deepspeed)
+    if quantization is not None:
+        if adapter.method == "dora" and quantization.bits == 8:
+            yield (
+                "adapter.method",
+                "dora needs the norms of the base's columns, which 8-bit weights do not give: use lora",
+            )
+        elif adapter.method == "dora" and zero_stage(document) == 3:
+            yield (
+                "adapter.method",
+                "dora reads 4-bit weights where ZeRO stage 3 has not gathered them: use zero2, or lora",
+            )
+        if adapter.method == "ia3" and config.model.dtype != "float32":
+            yield "adapter.method", "ia3 on a quantised base gives float32 to layers of another type: use lora"
+    if adapter.method == "adalora" and config.model.dtype == "float16":
+        yield (
+            "adapter.method",
+            "adalora compares gradients of many steps, and float16 scales each differently: use bfloat16",
+        )
+    if adapter.method == "adalora" and offload_device(document, "optimizer") == "nvme":
+        yield (
+            "adapter.method",
+            "adalora keeps its importances in memory, beside moments that are on NVMe: offload to the cpu",
+        )
 
 
 def _evaluation(config: RunConfig) -> Iterator[Problem]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from harness.config.schema import OptimizerConfig
-from harness.models.layers import embedding_names, stack_sizes
+from harness.models.layers import embedding_names, stack_sizes, table_names
 from harness.plan.layers import layer_places
 
 ParamGroups = list[dict[str, Any]]
@@ -42,7 +42,7 @@ def parameter_groups(
     scales = learning_rate_scales(model, config.layer_decay)
     if config.head_lr is not None:
         scales |= dict.fromkeys(new_heads, config.head_lr / config.lr)
-    hidden = set(layer_places(trainable)) if config.name == "muon" else set()
+    hidden = layer_places(trainable).keys() - table_names(model) if config.name == "muon" else set()
     kinds: dict[_Kind, list[nn.Parameter]] = {}
     for name, parameter in trainable.items():
         # A parameter partitioned by ZeRO-3 is empty here and keeps its shape in `ds_shape`.

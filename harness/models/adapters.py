@@ -189,7 +189,8 @@ def _dora(model: PreTrainedModel, config: AdapterConfig, options: Options, total
 
 
 def _pissa(model: PreTrainedModel, config: AdapterConfig, options: Options, total_steps: int) -> PeftConfig:
-    return _lora(model, config, options, total_steps, init_lora_weights=PISSA_INIT)
+    has_weights = model.device.type != "meta"
+    return _lora(model, config, options, total_steps, init_lora_weights=PISSA_INIT if has_weights else True)
 
 
 def _adalora(model: PreTrainedModel, config: AdapterConfig, options: Options, total_steps: int) -> PeftConfig:

@@ -21,12 +21,12 @@ class Assembled(NamedTuple):
     new_heads: frozenset[str]
 
 
-def assemble(config: RunConfig, *, step: int, total_steps: int) -> Assembled:
+def assemble(config: RunConfig, *, step: int, total_steps: int, device: str = "cpu") -> Assembled:
     """The model before step number `step` + 1: its trainable parameters are those that this step updates.
 
-    Every rank, and every start of the run, gets the same weights.
+    Every rank, and every start of the run, gets the same weights; the device "meta" has names and shapes alone.
     """
-    model: nn.Module = load_base(config)
+    model: nn.Module = load_base(config, device=device)
     heads = head_names(model) if config.task == "classification" else set()
     if config.adapter is not None:
         from harness.models.adapters import add_adapter  # peft takes seconds to import

@@ -20,8 +20,13 @@ def stack_sizes(places: Iterable[Place]) -> dict[str, int]:
 def embedding_names(model: nn.Module) -> set[str]:
     """Parameters of token, position and segment embeddings; one shared with the head is there once, by its first name.
 
-    T5's relative position bias lies in a layer and is none.
+    T5's relative position bias is a table too, but lies in a layer.
     """
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    names = {name for name, parameter in model.named_parameters() if id(parameter) in tables}
+    names = table_names(model)
     return names - layer_places(names).keys()
+
+
+def table_names(model: nn.Module) -> set[str]:
+    """Parameters whose rows are looked up."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in tables}

@@ -9,7 +9,7 @@ from harness.data.cache import Prepared
 from harness.data.clean import fault_of
 from harness.data.loader import TrainingSteps
 from harness.data.sources import Row, read_rows
-from harness.models.load import load_model
+from harness.models.assemble import assemble
 from harness.tasks.task import Task
 from harness.tasks.translation import TranslationTask
 from harness.training.prepare import build_task, model_source, prepare_sets, with_labels
@@ -29,10 +29,14 @@ def findings(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _model(config: RunConfig, task: Task) -> str:
-    model = load_model(config.model, config.seed, task=config.task, classification=config.classification, device="meta")
+    model = assemble(config, step=0, total_steps=config.schedule.steps or 1, device="meta").model
+    network = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT's wrapper
+    kind = task.family.name if isinstance(task, TranslationTask) else type(network).__name__
     origin = "the weights fit config.json" if config.model.path else f"random weights from seed {config.seed}"
-    kind = task.family.name if isinstance(task, TranslationTask) else type(model).__name__
-    return f"{model_source(config)}: {kind}, {model.num_parameters():,} parameters, {origin}"
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    numbers = f"{total:,} parameters" + (f" ({trained:,} trained from the first step on)" if trained < total else "")
+    return f"{model_source(config)}: {kind}, {numbers}, {origin}"
 
 
 def _tokenizer(task: Task) -> str:

@@ -15,6 +15,7 @@ from harness.config.schema import RunConfig
 from harness.data.loader import TrainingSteps, pack_length
 from harness.engine.build import build_engine, close_engine
 from harness.engine.processes import Processes
+from harness.engine.rank_allocation import RankAllocator
 from harness.errors import DataError
 from harness.models.assemble import assemble
 from harness.models.freeze import phase_boundaries
@@ -62,6 +63,7 @@ class Session:
     stop: StopRequest
     progress: Progress
     saved_step: int  # of the newest checkpoint that holds this session's tensors; -1: none
+    ranks: RankAllocator | None = None  # AdaLoRA's
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -124,6 +126,7 @@ def open_session(
     return Session(
         plan, config, run_dir, processes, task, engine, rows, steps, total_steps, records, store, stop, progress,
         saved_step=progress.step if checkpoint else -1,
+        ranks=RankAllocator(engine) if config.adapter is not None and config.adapter.method == "adalora" else None,
     )  # fmt: skip
 
 

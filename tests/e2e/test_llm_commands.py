@@ -57,12 +57,16 @@ def scores_in(directory: Path) -> dict[str, Any]:
 
 
 def base_in_4_bits(path: Path) -> Any:
-    """As anyone would load it."""
+    """As anyone would load it, but for the layout that a CPU with AVX512-BF16 computes in bfloat16 with."""
     options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
     quantization = BitsAndBytesConfig(load_in_4bit=True, **options)
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         path, quantization_config=quantization, dtype=torch.float32, device_map={"": "cpu"}
     )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 @torch.no_grad()
@@ -91,7 +95,7 @@ def test_check_shows_what_is_learnt(trained: SimpleNamespace, capsys: pytest.Cap
     (learned,) = re.findall("«(.*?)»", text)
     assert tokenizer.convert_tokens_to_string(learned.split()) == f"{PAIRS[0][1]}<|im_end|>"
     assert f"{len(learned.split())} of " in text
-    assert "LlamaForCausalLM" in text
+    assert re.search(r"LlamaForCausalLM, [\d,]+ parameters \(14,848 trained from the first step on\)", text)
     assert "12 rows read, 12 kept" in text
     assert not (trained.directory / "new").exists()
 
@@ -100,7 +104,7 @@ def test_evaluate_gives_the_scores_and_answers_of_training(trained: SimpleNamesp
     test_file, output = trained.directory / "test.jsonl", tmp_path / "again"
     assert command("evaluate", trained.dir, "--data", test_file, "--output", output) == 0
     scores = scores_in(trained.test_dir)
-    assert scores_in(output) == pytest.approx(scores, rel=1e-6)
+    assert scores_in(output) == scores
     assert scores["nll"] < 3.0
     assert scores["chrf"] > 0.0
     for name in ("hypotheses.txt", "references.txt"):
@@ -139,10 +143,9 @@ def test_the_merged_export_is_the_run_in_plain_transformers(trained: SimpleNames
         (["adapter=null"], 2, "model.quantization", "cannot be trained: add the section `adapter`"),
         (["adapter.method=prompt_tuning", "adapter.rank=16"], 2, "adapter.method", "set `data.packing` to false"),
         (["adapter=null", "model.quantization=null", "freeze={layers: 0-9}"], 2, "freeze.layers", "no layer 2"),
-        (["data.format=messages"], 3, "train.jsonl", "messages"),
+        (["data.format=messages"], 3, "test.jsonl:1", "no field `messages`"),
         (["evaluation.metrics=[accuracy]"], 2, "evaluation.metrics", "task causal_lm has none"),
-        (["data.max_length=1024"], 2, "data.max_length", "256"),
-        (["model.path=MBART"], 3, "config.json", "no causal_lm model of type 'mbart'"),
+        (["model.path=MBART", "data.max_length=128"], 3, "task causal_lm", "model_type 'mbart' is not supported"),
     ],
 )
 def test_a_mistake_gives_one_clear_message(

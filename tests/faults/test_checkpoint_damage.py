@@ -43,7 +43,7 @@ def shard(checkpoint: Path, rank: int = 0) -> Path:
 
 def edit_state(checkpoint: Path) -> None:
     manifest = json.loads((checkpoint / MANIFEST).read_text())
-    manifest["state"]["optimizer_step"] = 0
+    manifest["state"]["world_size"] = 1
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
 
 

@@ -159,8 +159,7 @@ def test_bfloat16_masters_start_as_the_float32_weights_and_adam_at_step_one(layo
         assert set(file.keys()) - set(tensors.names()) <= {"final_logits_bias"}
         for name in tensors.names():
             torch.testing.assert_close(tensors.whole(name), file.get_tensor(name), rtol=0.0, atol=1e-29)
-    manifest = json.loads((checkpoint(run, 2) / "manifest.json").read_text())
-    assert manifest["state"]["optimizer_step"] == 2
+    assert set(tensors.num_updates.values()) == {2}
 
 
 @pytest.mark.parametrize("layout", SUMMED)

@@ -23,19 +23,29 @@ from torch import Tensor
 from harness.checkpoint.state import CheckpointTensors
 from harness.models.layers import embedding_names
 from harness.plan.layers import layer_places
-from tests.engine_worker import Case, loss_sum, make_model, rate_at, rows_of, write_cases
+from tests.engine_worker import PEAK, Case, digest, loss_sum, make_model, rate_at, rows_of, write_cases
 from tests.runs import REPOSITORY, same_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 WORKER = Path(__file__).parent.parent / "engine_worker.py"
-LAYOUTS = ((0, False), (1, False), (2, False), (3, False), (2, True), (3, True))
-ELEMENTWISE = ("adamw", "deepspeed", "paged_adamw", "lion")
+ALL = ((0, False), (1, False), (2, False), (3, False), (2, True), (3, True))
+SOME = ((0, False), (2, False), (3, True))
+LAYOUTS: dict[str, tuple[tuple[int, bool], ...]] = {
+    "adamw": ALL,
+    "deepspeed": ALL,
+    "paged_adamw": SOME,
+    "lion": SOME,
+    "adamw_8bit": ALL[:4],
+    "paged_adamw_8bit": ALL[:1],
+    "adafactor": ALL[:1],
+    "muon": ALL[:1],
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "deepspeed": {"implementation": "deepspeed"},
     "paged_adamw": {"name": "paged_adamw"},
-    "lion": {"name": "lion", "lr": 1e-3},
+    "lion": {"name": "lion", "lr": 1e-4},
     "adamw_8bit": {"name": "adamw_8bit"},
     "paged_adamw_8bit": {"name": "paged_adamw_8bit"},
     "adafactor": {"name": "adafactor"},
@@ -52,11 +62,7 @@ def name_of(optimizer: str, layout: tuple[int, bool]) -> str:
 
 def wanted_cases() -> Iterator[Case]:
     for optimizer, settings in SETTINGS.items():
-        if optimizer in ELEMENTWISE:
-            layouts: tuple[tuple[int, bool], ...] = LAYOUTS
-        else:
-            layouts = LAYOUTS if optimizer == "adamw_8bit" else LAYOUTS[:1]
-        for layout in layouts:
+        for layout in LAYOUTS[optimizer]:
             case = Case(name_of(optimizer, layout), *layout, optimizer=settings, steps=NUM_STEPS)
             yield case
             if optimizer != "adamw":  # its resume is the matter of tests/faults/test_resume.py
@@ -111,7 +117,7 @@ def weights(runs: Path, name: str, step: int = NUM_STEPS) -> dict[str, Tensor]:
 Groups = list[dict[str, Any]]
 
 
-def plain_run(make: Callable[[Any, Groups], list[Any]], *, lr: float = 1e-2) -> tuple[dict[str, Tensor], list[float]]:
+def plain_run(make: Callable[[Any, Groups], list[Any]], *, lr: float = PEAK) -> tuple[dict[str, Tensor], list[float]]:
     """Weights and losses of a loop without engine; `make` gets the model and its two groups."""
     model = make_model()
     groups = [
@@ -180,7 +186,7 @@ PLAIN: dict[str, Callable[[Any, Groups], list[Any]]] = {
 
 @pytest.fixture(scope="module")
 def plain() -> dict[str, tuple[dict[str, Tensor], list[float]]]:
-    return {name: plain_run(make, lr=SETTINGS[name].get("lr", 1e-2)) for name, make in PLAIN.items()}
+    return {name: plain_run(make, lr=SETTINGS[name].get("lr", PEAK)) for name, make in PLAIN.items()}
 
 
 def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Tensor:
@@ -188,8 +194,10 @@ def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Tensor:
     return torch.cat([(ours[name] - theirs[name]).abs().flatten() for name in ours])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("optimizer", ["adamw", "deepspeed", "paged_adamw"])
+@pytest.mark.parametrize(
+    ("optimizer", "layout"),
+    [(name, layout) for name in ("adamw", "deepspeed", "paged_adamw") for layout in LAYOUTS[name]],
+)
 def test_adamw_is_the_same_in_all_three_implementations(
     optimizer: str, layout: tuple[int, bool], runs: Path, plain: Any
 ) -> None:
@@ -199,14 +207,14 @@ def test_adamw_is_the_same_in_all_three_implementations(
     assert seen(runs, name_of(optimizer, layout))["losses"] == pytest.approx(plain["adamw"][1], rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS["lion"])
 def test_lion_is_its_formula(layout: tuple[int, bool], runs: Path, plain: Any) -> None:
     """An update is a sign: where it is of a sum of almost zero, rounding decides, and a step later it may be put right.
-    So single weights may differ by some steps of 1e-3; seen: 3 of 180,000."""
+    So single weights may differ by some steps of 1e-4."""
     found = differences(weights(runs, name_of("lion", layout)), plain["lion"][0])
     print(layout, int((found > 1e-6).sum()), found.numel())
     assert (found > 1e-6).sum() < 1e-3 * found.numel()
-    assert found.max() <= 2e-3 * NUM_STEPS
+    assert found.max() <= 2e-4 * NUM_STEPS
     assert seen(runs, name_of("lion", layout))["losses"] == pytest.approx(plain["lion"][1], rel=1e-4)
 
 
@@ -219,7 +227,7 @@ def test_8_bit_adamw_on_whole_parameters_is_that_of_bitsandbytes(optimizer: str,
     assert seen(runs, f"{optimizer}-0")["losses"] == pytest.approx(plain["adamw_8bit"][1], rel=1e-4)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS["adamw_8bit"])
 def test_8_bit_adamw_follows_adamw_however_its_blocks_are_cut(layout: tuple[int, bool], runs: Path, plain: Any) -> None:
     steps = seen(runs, name_of("adamw_8bit", layout))
     assert steps["losses"] == pytest.approx(plain["adamw"][1], rel=1e-3)
@@ -229,7 +237,7 @@ def test_8_bit_adamw_follows_adamw_however_its_blocks_are_cut(layout: tuple[int,
 @pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
 def test_optimizers_of_whole_matrices_are_torchs(optimizer: str, runs: Path, plain: Any) -> None:
     """Muon orthogonalises in bfloat16, which turns the last bit of a gradient into 2^-8 of an update."""
-    tolerance = 1e-5 if optimizer == "adafactor" else 1e-2 * 2**-8 * NUM_STEPS
+    tolerance = 1e-5 if optimizer == "adafactor" else PEAK * 2**-8 * NUM_STEPS
     found = differences(weights(runs, f"{optimizer}-0"), plain[optimizer][0])
     print(optimizer, float(found.mean()), float(found.max()))
     assert found.max() < tolerance
@@ -254,9 +262,15 @@ def test_a_closed_engine_leaves_nothing_behind(name: str, runs: Path) -> None:
 
 def test_8_bit_states_move_to_another_layout(runs: Path) -> None:
     """From flat buffers of stage 2 to shards of stage 3: other blocks, so within the error of 8 bits."""
-    tensors = CheckpointTensors(checkpoint(runs, "8bit-moved"))
-    assert tensors.names() == CheckpointTensors(checkpoint(runs, "adamw_8bit-2")).names()
-    assert set(tensors.num_updates.values()) == {NUM_STEPS}
+    ours, theirs = (CheckpointTensors(checkpoint(runs, name)) for name in ("8bit-moved", "adamw_8bit-2"))
+    assert ours.names() == theirs.names()
+    assert set(ours.num_updates.values()) == {NUM_STEPS}
+    for name in ours.names():
+        assert torch.equal(ours.whole(name), theirs.whole(name))
+        for kind in ("exp_avg", "exp_avg_sq"):
+            moment = theirs.whole(name, kind)
+            error = float((ours.whole(name, kind) - moment).norm() / moment.norm().clamp_min(1e-30))
+            assert error < 0.02, (name, kind)
 
 
 def plain_phases() -> tuple[dict[str, Tensor], list[float]]:
@@ -282,7 +296,7 @@ def plain_phases() -> tuple[dict[str, Tensor], list[float]]:
             decaying, others = [p for p in new if p.ndim > 1], [p for p in new if p.ndim < 2]
             optimizers.append(torch.optim.AdamW(decaying, weight_decay=0.1, **ADAM))
             optimizers.append(torch.optim.AdamW(others, weight_decay=0.0, **ADAM))
-        losses.append(plain_step(model, optimizers, step, 1e-2))
+        losses.append(plain_step(model, optimizers, step, PEAK))
     return {name: p.detach() for name, p in names.items()}, losses
 
 
@@ -290,9 +304,11 @@ def plain_phases() -> tuple[dict[str, Tensor], list[float]]:
 def test_thawed_parameters_begin_their_own_adam(stage: int, runs: Path) -> None:
     theirs, losses = plain_phases()
     ours = weights(runs, f"phases-{stage}")
-    found = differences(ours, {name: theirs[name] for name in ours})
+    # A bias of keys shifts all scores of a row alike: its gradient is rounding, and Adam makes whole steps of it.
+    names = [name for name in ours if not name.endswith("k_proj.bias")]
+    found = differences({name: ours[name] for name in names}, {name: theirs[name] for name in names})
     print(stage, float(found.max()))
-    assert found.max() < 1e-5
+    assert found.max() < 2e-6
     assert seen(runs, f"phases-{stage}")["losses"] == pytest.approx(losses, rel=1e-6)
     counts = CheckpointTensors(checkpoint(runs, f"phases-{stage}")).num_updates
     assert {counts[name] for name in counts if ".encoder.layers." in name} == {NUM_STEPS - 3}
@@ -300,15 +316,26 @@ def test_thawed_parameters_begin_their_own_adam(stage: int, runs: Path) -> None:
     assert {counts[name] for name in counts if ".decoder.layers.1." in name} == {NUM_STEPS}
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_frozen_parameters_are_in_no_checkpoint_and_early_phases_take_less_memory(stage: int, runs: Path) -> None:
+@pytest.mark.parametrize("name", [f"phases-{stage}{end}" for stage in range(4) for end in ("", "-resumed")])
+def test_a_frozen_parameter_never_changes(name: str, runs: Path) -> None:
     model = make_model()
-    assert embedding_names(model).isdisjoint(weights(runs, f"phases-{stage}"))
-    first = CheckpointTensors(checkpoint(runs, f"phases-{stage}", 3))
-    assert not [name for name in first.names() if "encoder.layers" in name or "decoder.layers.0" in name]
+    digests = seen(runs, name)["frozen"]
+    assert embedding_names(model).isdisjoint(weights(runs, name))
+    assert len(set(digests)) == 3  # one for each phase
+    for step, part in ((3, "encoder.layers."), (6, "decoder.layers.0."), (NUM_STEPS, "embed_positions")):
+        names = set(CheckpointTensors(checkpoint(runs, name, step)).names())
+        assert not [one for one in names if part in one]
+        assert digests[step - 1] == digest({n: p for n, p in model.named_parameters() if n not in names})
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_early_phases_take_less_memory(stage: int, runs: Path) -> None:
+    """Masters and two moments, 12 bytes a trained parameter. (At stage 0 the weight is its own master.)"""
     sizes = seen(runs, f"phases-{stage}")["bytes"]
-    whole = seen(runs, f"adamw-{stage}")["bytes"][-1]
-    assert sizes[0] == sizes[2] < 0.6 * sizes[3] and sizes[5] < sizes[6] == sizes[-1] < whole  # noqa: PT018
-    per_parameter = 4 * 3 if stage else 4 * 3  # master (stage 0: the weight itself) and two moments
-    trained = sum(p.numel() for name, p in model.named_parameters() if name in weights(runs, f"phases-{stage}", 3))
-    assert sizes[0] == pytest.approx(per_parameter * trained / (2 if stage else 1), rel=0.02)
+    assert sizes[0] == sizes[2] < 0.6 * sizes[3]
+    assert sizes[5] < sizes[6] == sizes[-1] < seen(runs, f"adamw-{stage}")["bytes"][-1]
+    trained = sum(weight.numel() for weight in weights(runs, f"phases-{stage}", 3).values())
+    assert sizes[0] == pytest.approx(12 * trained / (2 if stage else 1), rel=0.02)
+    if (gradients := seen(runs, f"phases-{stage}")["gradients"])[0] is not None:
+        assert gradients[0] == trained
+        assert gradients[0] == gradients[2] < gradients[3] == gradients[5] < gradients[6]

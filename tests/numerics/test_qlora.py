@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
+from harness.config.schema import ModelConfig, QuantizationConfig
+from harness.models.load import load_model, load_tokenizer
+from harness.models.quantization import dequantize
 from tests.llm_runs import PRESETS, Q4, evaluations_of, last_checkpoint, llm_run, weights_of, write_talks
 from tests.pairs import PAIRS
 from tests.runs import run_ranks, same_state, steps_of
@@ -19,9 +24,11 @@ HALVES = {"half": PAIRS[:21], "dev": PAIRS[21:33]}
 
 
 class Runs(NamedTuple):
-    """`evaluated`: by ZeRO stage and dtype, the same run without and with evaluations."""
+    """`rounded`: on a plain base that has the rounded weights. `evaluated`: by ZeRO stage and dtype, the same run
+    without and with evaluations."""
 
     layouts: list[Run]
+    rounded: Run
     evaluated: dict[tuple[str, str], tuple[Run, Run]]
     base: Run
     in_16_bits: Run
@@ -32,29 +39,37 @@ class Runs(NamedTuple):
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """All runs of this file, by two groups of processes. The base has learnt half of the pairs."""
     directory = tmp_path_factory.mktemp("qlora")
-    model = make_tiny_llm(directory / "model", hidden_size=64, intermediate_size=128)  # whole blocks of 64 weights
+    shape = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_key_value_heads": 2}
+    model = make_tiny_llm(directory / "model", **shape)  # whole blocks of 64 weights
     half, dev = (write_talks(directory / f"{name}.jsonl", part) for name, part in HALVES.items())
     base = llm_run(directory, model, name="base", schedule__steps=60, data__train=[{"path": half}])
 
-    def run_of(name: str, **changes: Any) -> Run:
+    def run_of(name: str, model: Path = model, **changes: Any) -> Run:
         options = {"model__quantization": Q4, "adapter": {"rank": 4}, "optimizer__lr": 5e-3, "data__validation": dev}
-        return llm_run(directory, directory / "base" / "export", name=name, **(options | changes))
+        return llm_run(directory, model, name=name, **(options | changes))
 
     layouts = {size: [run_of(f"w{size}-{preset}", preset=preset) for preset in PRESETS] for size in (1, 2)}
+    rounded = run_of("rounded", with_rounded_weights(model, directory / "rounded-model"), model__quantization=None)
     decoding = {"every_steps": 4, "metrics": ["chrf"], "beam_size": 2, "max_target_length": 6}
-    evaluated = {
-        (preset, dtype): (
-            run_of(f"{preset}-{dtype}", preset=preset, model__dtype=dtype),
-            run_of(f"{preset}-{dtype}-evaluated", preset=preset, model__dtype=dtype, evaluation=decoding),
-        )
-        for preset, dtype in EVALUATED
-    }
+    evaluated: dict[tuple[str, str], tuple[Run, Run]] = {}
+    for preset, dtype in EVALUATED:  # not packed, since the probe of packing is an evaluation too
+        changes = {"preset": preset, "model__dtype": dtype, "data__packing": False}
+        pair = [run_of(f"{preset}-{dtype}-{bool(one)}", **changes, evaluation=one) for one in (None, decoding)]
+        evaluated[preset, dtype] = pair[0], pair[1]
     closeness = {"model__dtype": "bfloat16", "evaluation": {"metrics": []}, "schedule__steps": 20}
-    in_16_bits = run_of("in-16-bits", **closeness, model__quantization=None)
-    in_4_bits = run_of("in-4-bits", **closeness)
-    run_ranks([base, in_16_bits, in_4_bits, *layouts[1]], world_size=1, timeout_s=600.0)
+    in_16_bits = run_of("in-16-bits", directory / "base" / "export", **closeness, model__quantization=None)
+    in_4_bits = run_of("in-4-bits", directory / "base" / "export", **closeness)
+    run_ranks([base, in_16_bits, in_4_bits, rounded, *layouts[1]], world_size=1, timeout_s=600.0)
     run_ranks([*layouts[2], *(run for pair in evaluated.values() for run in pair)], world_size=2, timeout_s=600.0)
-    return Runs([*layouts[1], *layouts[2]], evaluated, base, in_16_bits, in_4_bits)
+    return Runs([*layouts[1], *layouts[2]], rounded, evaluated, base, in_16_bits, in_4_bits)
+
+
+def with_rounded_weights(model: Path, directory: Path) -> Path:
+    """`model` rounded to 4 bits, as a plain model in float32."""
+    quantized = load_model(ModelConfig(path=str(model), quantization=QuantizationConfig()), 0, task="causal_lm")
+    dequantize(quantized, torch.float32).save_pretrained(directory)
+    load_tokenizer(model).save_pretrained(directory)
+    return directory
 
 
 def test_steps_and_final_adapters_do_not_depend_on_the_layout(runs: Runs) -> None:
@@ -69,6 +84,12 @@ def test_steps_and_final_adapters_do_not_depend_on_the_layout(runs: Runs) -> Non
             assert [step[key] for step in steps] == pytest.approx([step[key] for step in reference], rel=1e-5), run
         assert ours.keys() == weights.keys()
         assert max(float((ours[name] - weights[name]).abs().max()) for name in weights) < 5e-6, run["name"]
+
+
+def test_it_learns_what_an_adapter_on_the_rounded_weights_learns(runs: Runs) -> None:
+    ours, theirs = steps_of(runs.layouts[0]), steps_of(runs.rounded)
+    for key in ("loss", "grad_norm"):
+        assert [step[key] for step in ours] == pytest.approx([step[key] for step in theirs], rel=1e-5), key
 
 
 @pytest.mark.parametrize(("preset", "dtype"), EVALUATED)

@@ -18,7 +18,8 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from harness.config.schema import AdapterConfig, Task
+from harness.config.rules import stage_problems
+from harness.config.schema import AdapterConfig, RunConfig, Task
 from harness.errors import ConfigError, DataError
 from harness.models.adapter_files import base_fingerprint, load_adapter, merge_adapter, save_adapter
 from harness.models.adapters import add_adapter
@@ -228,6 +229,30 @@ def test_parameter_table() -> None:
 def test_methods_that_are_more_than_weights_are_not_merged(method: str) -> None:
     with pytest.raises(ConfigError, match=f"{method} cannot be merged"):
         merge_adapter(adapt(causal("llama"), method=method))
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "preset", "words"),
+    [
+        ("dora", {"quantization": {"bits": 8}}, "zero0", "8-bit weights"),
+        ("dora", {"quantization": {}}, "zero3", "use zero2"),
+        ("ia3", {"quantization": {}, "dtype": "bfloat16"}, "zero0", "ia3 on a quantised base"),
+        ("adalora", {"dtype": "float16"}, "zero0", "scales each differently"),
+        ("adalora", {}, "zero3_nvme", "NVMe"),
+        ("dora", {"quantization": {}}, "zero2", None),
+        ("dora", {}, "zero3", None),
+        ("ia3", {"quantization": {}}, "zero3", None),
+        ("adalora", {"quantization": {}, "dtype": "bfloat16"}, "zero3", None),
+    ],
+)
+def test_pairs_that_do_not_work_are_refused(method: str, model: dict[str, Any], preset: str, words: str | None) -> None:
+    run = {
+        "name": "run", "task": "causal_lm", "model": {"path": "x", **model}, "adapter": {"method": method},
+        "data": {"train": [{"path": "x.jsonl"}]}, "batch": {"tokens_per_step": 2048, "max_tokens_per_device": 2048},
+        "optimizer": {"lr": 1e-3}, "schedule": {"steps": 10}, "deepspeed": {"preset": preset, "nvme_path": "/x"},
+    }  # fmt: skip
+    problems = [message for key, message in stage_problems(RunConfig.model_validate(run)) if key == "adapter.method"]
+    assert [words in message for message in problems] == ([True] if words else [])
 
 
 def written(llama: Path, directory: Path, **adapter: Any) -> Path:

@@ -293,7 +293,7 @@ def commit_pieces(
             key = f"{name}|{kind}|{start}|{len(index)}"
             tensors[key] = whole.reshape(-1)[start : start + numel].clone()
             index.append({"name": name, "kind": kind, "shape": list(whole.shape), "start": start, "numel": numel,
-                          "file": file, "key": key})  # fmt: skip
+                          "file": file, "key": key, "updates": step})  # fmt: skip
         save_file(tensors, directory / file)
         (directory / f"rank-{rank:05d}.json").write_text(json.dumps(index))
     names = sorted(path.name for path in directory.iterdir())
@@ -320,6 +320,7 @@ def test_any_cut_is_read_in_any_other_cut(tmp_path_factory: pytest.TempPathFacto
     for (name, kind), whole in wholes.items():
         assert tensors.shapes[name, kind] == tuple(whole.shape)
         assert tensors.moments(name) == ["exp_avg"]
+        assert tensors.num_updates[name] == 2
         assert torch.equal(tensors.whole(name, kind), whole)
         for start, numel in data.draw(cuts(whole.numel())):
             assert torch.equal(tensors.read(name, kind, start, numel), whole.reshape(-1)[start : start + numel])
