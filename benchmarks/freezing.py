@@ -1,11 +1,13 @@
 """Peak memory of training steps with frozen parts and with smaller optimizer states, ZeRO-2, one process, float32.
 
-The last two cases are one run: its engine is closed and built anew where the encoder is thawed.
+Each run has a process of its own. In the last one the engine is closed and built anew where the encoder is thawed.
 """
 
 from __future__ import annotations
 
 import re
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +27,35 @@ DEEPSPEED = {
     "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "zero_optimization": {"stage": 2},
     "zero_allow_untested_optimizer": True, "managed_gradient_accumulation": False, "log_level": "error",
 }  # fmt: skip
-GRADUALLY = [FreezeRule(embeddings=True), FreezeRule(encoder="all", until_step=1)]
-CASES: dict[str, tuple[str, list[FreezeRule], int]] = {  # optimizer, rules, step
+EMBEDDINGS = FreezeRule(embeddings=True)
+RUNS: dict[str, tuple[str, list[FreezeRule], int]] = {  # optimizer, rules, phases
     "all trained": ("adamw", [], 1),
-    "all trained, adamw_8bit": ("adamw_8bit", [], 1),
     "all trained, lion": ("lion", [], 1),
-    "embeddings frozen": ("adamw", [FreezeRule(embeddings=True)], 1),
-    "embeddings and encoder frozen until step 1": ("adamw", GRADUALLY, 1),
-    "after step 1": ("adamw", GRADUALLY, 2),
+    "all trained, adamw_8bit": ("adamw_8bit", [], 1),
+    "embeddings frozen": ("adamw", [EMBEDDINGS], 1),
+    "embeddings and, in phase 1, encoder frozen": ("adamw", [EMBEDDINGS, FreezeRule(encoder="all", until_step=1)], 2),
 }
 
 
 def main() -> None:
-    processes = Processes(0, 0, 1, find_device(0), find_store(rank=0, world_size=1, store_path=None))
-    join(processes, timeout_s=60.0)
-    values = {name: measured(processes, *case) for name, case in CASES.items()}
-    leave()
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        values = {name: next(iter(pool.map(run, [name]))) for name in RUNS}
     write_result("freezing", "python -m benchmarks.freezing", values)
 
 
-def measured(processes: Processes, optimizer: str, rules: list[FreezeRule], step: int) -> dict[str, Any]:
-    """Two steps of one batch of eight rows of 32 tokens; memory is that of this process above what it was before."""
+def run(name: str) -> list[dict[str, Any]]:
+    """The figures of each phase."""
+    optimizer, rules, num_phases = RUNS[name]
+    processes = Processes(0, 0, 1, find_device(0), find_store(rank=0, world_size=1, store_path=None))
+    join(processes, timeout_s=60.0)
     before = resident_bytes("VmRSS")
+    phases = [measured(processes, optimizer, rules, step, before) for step in range(1, num_phases + 1)]
+    leave()
+    return phases
+
+
+def measured(processes: Processes, optimizer: str, rules: list[FreezeRule], step: int, before: int) -> dict[str, Any]:
+    """Two steps of one batch of eight rows of 32 tokens; memory is that of this process above `before`."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
     torch.manual_seed(0)
     model = MBartForConditionalGeneration(MBartConfig(**SHAPE, **LAYERS))

@@ -33,14 +33,14 @@ def make_base(family: str, directory: Path) -> Path:
 
 def make_tiny_bert(directory: Path) -> Path:
     """Without a pooler, as a model trained on masked tokens is."""
+    normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    text = normalizer.normalize_str(" ".join(text for pair in PAIRS for text in pair))
+    words = {word for word, _ in splitter.pre_tokenize_str(text)}
+    letters = {letter for word in words for letter in word}
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    words.normalizer, words.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    words.train_from_iterator(
-        [text for pair in PAIRS for text in pair],
-        trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False),
-    )
-    tokenizer = BertTokenizer(vocab=words.get_vocab())
+    # By hand: the trainer of word pieces gives another vocabulary each time.
+    pieces = [*special, *sorted(letters | words | {f"##{letter}" for letter in letters})]
+    tokenizer = BertTokenizer(vocab={piece: index for index, piece in enumerate(pieces)})
     tokenizer.save_pretrained(directory)
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     with torch.random.fork_rng(devices=[]):

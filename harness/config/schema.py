@@ -284,8 +284,9 @@ class RunConfig(Section):
             ("data", "format", row_format),
             ("evaluation", "metrics", metrics),
             ("early_stopping", "metric", watched),
+            ("loss", "convention", "torch" if content.get("task") == "classification" else "fairseq"),
         ):
-            given = content.get(section, {} if section == "evaluation" else None)
+            given = content.get(section, {} if section in ("evaluation", "loss") else None)
             if isinstance(given, dict):
                 filled[section] = {key: value, **given}
         return filled

@@ -27,6 +27,7 @@ from harness.training.validate import best_step, evaluate_set, evaluate_validati
 FIXED_LENGTHS = (3, 9, 17, 5)  # tokens of the rows on which an export is compared
 # Of the largest logit. Sums of base and adapter are rounded once more when their weights become one.
 MERGE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+TOLERANCE_8_BIT = 1e-1  # 8-bit layers round what enters them too, plain layers do not
 
 
 def finish(session: Session) -> None:
@@ -92,10 +93,14 @@ def export_checkpoint(
             model.eval(), task.tokenizer, directory, fixed_batch=inputs,
             write=lambda path: save_adapter(model, path, base=base),
             reload=lambda path: load_with_adapter(config, path),
+            # What PiSSA takes out of the base at its start is added again in another order.
+            tolerance=MERGE_TOLERANCE[dtype] if config.adapter.method == "pissa" else 0.0,
         )  # fmt: skip
         return
     if config.adapter is not None:
-        model = merged(model, inputs, dtype)
+        quantization = config.model.quantization
+        is_8_bit = quantization is not None and quantization.bits == 8
+        model = merged(model, inputs, dtype, tolerance=TOLERANCE_8_BIT if is_8_bit else MERGE_TOLERANCE[dtype])
     model = model.to(dtype).eval()
     export(
         model, task.tokenizer, directory, fixed_batch=inputs,
@@ -103,15 +108,16 @@ def export_checkpoint(
     )  # fmt: skip
 
 
-def merged(model: Any, inputs: dict[str, Any], dtype: torch.dtype) -> Any:
-    """The base with the adapter in its weights. Raises DataError if that changes the logits by more than rounding."""
+def merged(model: Any, inputs: dict[str, Any], dtype: torch.dtype, *, tolerance: float) -> Any:
+    """The base with the adapter in its weights. Raises DataError if that changes the logits by more than `tolerance`
+    times the largest."""
     from harness.models.adapter_files import merge_adapter
     from harness.models.quantization import merge_gate
 
     with torch.no_grad():
         unmerged = model.eval()(**inputs).logits
         whole = merge_adapter(model).to(dtype).eval()
-        merge_gate(unmerged, whole(**inputs).logits, tolerance=MERGE_TOLERANCE[dtype])
+        merge_gate(unmerged, whole(**inputs).logits, tolerance=tolerance)
     return whole
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from harness.checkpoint.state import CheckpointTensors
 from harness.config.load import load_run_config
-from harness.training.prepare import prepare_sets
+from harness.training.prepare import build_task, prepare_sets
 from tests.conftest import FAMILIES
 from tests.pairs import PAIRS
 from tests.plain import padded_batch
@@ -75,7 +75,8 @@ def recorded_losses(run: dict[str, Any]) -> dict[str, float]:
 
 def plain_losses(run: dict[str, Any], model: Any) -> dict[str, float]:
     """The same of any model, by plain PyTorch."""
-    rows = prepare_sets(load_run_config(write_run(run), []))["validation"].rows
+    config = load_run_config(write_run(run), [])
+    rows = prepare_sets(config, build_task(config))["validation"].rows
     inputs, labels_BT = padded_batch(rows.take(range(len(rows))), model.config.pad_token_id)
     with torch.no_grad():
         logits, labels = model(**inputs).logits.float().flatten(0, 1), labels_BT.flatten()

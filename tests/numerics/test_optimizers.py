@@ -189,9 +189,15 @@ def plain() -> dict[str, tuple[dict[str, Tensor], list[float]]]:
     return {name: plain_run(make, lr=SETTINGS[name].get("lr", PEAK)) for name, make in PLAIN.items()}
 
 
-def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Tensor:
+def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor], without: str = "") -> Tensor:
+    """Of all weights but those whose name ends with `without`."""
     assert ours.keys() == theirs.keys()
-    return torch.cat([(ours[name] - theirs[name]).abs().flatten() for name in ours])
+    names = [name for name in ours if not (without and name.endswith(without))]
+    return torch.cat([(ours[name] - theirs[name]).abs().flatten() for name in names])
+
+
+# A bias of keys shifts all scores of a row alike: its gradient is rounding, of which Adam and Lion make whole steps.
+NO_GRADIENT = "k_proj.bias"
 
 
 @pytest.mark.parametrize(
@@ -209,11 +215,10 @@ def test_adamw_is_the_same_in_all_three_implementations(
 
 @pytest.mark.parametrize("layout", LAYOUTS["lion"])
 def test_lion_is_its_formula(layout: tuple[int, bool], runs: Path, plain: Any) -> None:
-    """An update is a sign: where it is of a sum of almost zero, rounding decides, and a step later it may be put right.
-    So single weights may differ by some steps of 1e-4."""
-    found = differences(weights(runs, name_of("lion", layout)), plain["lion"][0])
+    """An update is a sign: where the sum is almost zero, rounding decides, so single weights may differ by steps."""
+    found = differences(weights(runs, name_of("lion", layout)), plain["lion"][0], without=NO_GRADIENT)
     print(layout, int((found > 1e-6).sum()), found.numel())
-    assert (found > 1e-6).sum() < 1e-3 * found.numel()
+    assert (found > 1e-6).sum() < 1e-4 * found.numel()
     assert found.max() <= 2e-4 * NUM_STEPS
     assert seen(runs, name_of("lion", layout))["losses"] == pytest.approx(plain["lion"][1], rel=1e-4)
 
@@ -236,8 +241,9 @@ def test_8_bit_adamw_follows_adamw_however_its_blocks_are_cut(layout: tuple[int,
 
 @pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
 def test_optimizers_of_whole_matrices_are_torchs(optimizer: str, runs: Path, plain: Any) -> None:
-    """Muon orthogonalises in bfloat16, which turns the last bit of a gradient into 2^-8 of an update."""
-    tolerance = 1e-5 if optimizer == "adafactor" else PEAK * 2**-8 * NUM_STEPS
+    """Muon orthogonalises in bfloat16, which turns the last bit of a gradient into 2^-8 of an update (up to 2.3 x the
+    rate here). On equal gradients it is torch's bit for bit: tests/unit/test_optimizers.py."""
+    tolerance = 1e-6 if optimizer == "adafactor" else 2.3 * PEAK * 2**-8 * NUM_STEPS
     found = differences(weights(runs, f"{optimizer}-0"), plain[optimizer][0])
     print(optimizer, float(found.mean()), float(found.max()))
     assert found.max() < tolerance
@@ -304,11 +310,9 @@ def plain_phases() -> tuple[dict[str, Tensor], list[float]]:
 def test_thawed_parameters_begin_their_own_adam(stage: int, runs: Path) -> None:
     theirs, losses = plain_phases()
     ours = weights(runs, f"phases-{stage}")
-    # A bias of keys shifts all scores of a row alike: its gradient is rounding, and Adam makes whole steps of it.
-    names = [name for name in ours if not name.endswith("k_proj.bias")]
-    found = differences({name: ours[name] for name in names}, {name: theirs[name] for name in names})
+    found = differences(ours, {name: theirs[name] for name in ours}, without=NO_GRADIENT)
     print(stage, float(found.max()))
-    assert found.max() < 2e-6
+    assert found.max() < 1e-6
     assert seen(runs, f"phases-{stage}")["losses"] == pytest.approx(losses, rel=1e-6)
     counts = CheckpointTensors(checkpoint(runs, f"phases-{stage}")).num_updates
     assert {counts[name] for name in counts if ".encoder.layers." in name} == {NUM_STEPS - 3}

@@ -18,7 +18,7 @@ from transformers import AutoModelForSeq2SeqLM
 from harness.checkpoint.state import CheckpointTensors
 from harness.config.load import load_run_config
 from harness.data.loader import TrainingSteps
-from harness.training.prepare import prepare_sets
+from harness.training.prepare import build_task, prepare_sets
 from tests.plain import padded_batch
 from tests.runs import SHARD_ALL, run_ranks, steps_of, tiny_run, write_run
 
@@ -90,7 +90,7 @@ def lr_factor(num_done: int) -> float:
 def global_batches(run: dict[str, Any]) -> list[tuple[dict[str, Tensor], Tensor]]:
     """Every step's rows as one padded batch."""
     config = load_run_config(write_run(run), [])
-    rows = prepare_sets(config)["train"].rows
+    rows = prepare_sets(config, build_task(config))["train"].rows
     pad = AutoModelForSeq2SeqLM.from_pretrained(run["model"]["path"]).config.pad_token_id
     batches = []
     for step in TrainingSteps(rows, data=config.data, batch=config.batch, seed=config.seed, world_size=1).starting_at(
