@@ -9,8 +9,8 @@ from pathlib import Path
 from harness.cli.common import DTYPES, add_run_directory, existing_run_directory
 
 HELP = (
-    "Write a checkpoint of a run as a Hugging Face directory, or its adapter as one of PEFT. It is loaded again with the\n"
-    "plain libraries and compared with the checkpoint before it is called done."
+    "Write a checkpoint of a run as a Hugging Face directory, or its adapter as one of PEFT. It is loaded again with\n"
+    "the plain libraries and compared with the checkpoint before it is called done."
 )
 EXAMPLE = "harness export runs/enro enro-model --step 2000 --dtype float32"
 

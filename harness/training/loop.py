@@ -53,8 +53,8 @@ def train(session: Session) -> None:
         before = copy_masters(session.engine) if is_logged else None
         sums = accumulate(session, batch)
         outcome = apply_gradients(session.engine, rate)
-        if session.ranks is not None:
-            session.ranks.after_step(batch.step, applied=outcome.applied)
+        if session.rank_allocator is not None:
+            session.rank_allocator.after_step(batch.step, applied=outcome.applied)
         fault_point("step")
         ratio = update_to_weight_ratio(session.engine, before, session.processes) if before is not None else None
         progress.step = batch.step

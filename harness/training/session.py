@@ -63,7 +63,7 @@ class Session:
     stop: StopRequest
     progress: Progress
     saved_step: int  # of the newest checkpoint that holds this session's tensors; -1: none
-    ranks: RankAllocator | None = None  # AdaLoRA's
+    rank_allocator: RankAllocator | None = None  # of AdaLoRA
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -126,7 +126,7 @@ def open_session(
     return Session(
         plan, config, run_dir, processes, task, engine, rows, steps, total_steps, records, store, stop, progress,
         saved_step=progress.step if checkpoint else -1,
-        ranks=RankAllocator(engine) if config.adapter is not None and config.adapter.method == "adalora" else None,
+        rank_allocator=RankAllocator(engine) if config.adapter and config.adapter.method == "adalora" else None,
     )  # fmt: skip
 
 
@@ -141,7 +141,9 @@ def open_engine(
     """The engine for the step after `checkpoint` (None: the first), with its weights and moments."""
     step = checkpoint.step if checkpoint is not None else 0
     with timed(timings, "model_s"):
-        model, freezing, new_heads = assemble(config, step=step, total_steps=total_steps)
+        # What is quantised while it is read goes straight to the device; DeepSpeed moves all else there.
+        device = str(processes.device) if config.model.quantization is not None else "cpu"
+        model, freezing, new_heads = assemble(config, step=step, total_steps=total_steps, device=device)
     with timed(timings, "engine_s"):
         engine = build_engine(
             model, config.optimizer, plan.deepspeed, processes, new_heads=new_heads, starts=freezing.starts
