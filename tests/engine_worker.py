@@ -28,6 +28,7 @@ from harness.config.schema import FreezeRule, OptimizerConfig
 from harness.engine import measure
 from harness.engine.build import apply_gradients, build_engine, close_engine
 from harness.engine.processes import Processes, find_device, find_store, join, leave
+from harness.errors import DataError
 from harness.models.freeze import Freezing, phase_boundaries, resolve_freezing
 
 VOCABULARY, NUM_ROWS, LENGTH, PEAK = 120, 4, 7, 1e-3
@@ -190,16 +191,25 @@ class Run:
                 self.seen["frozen"].append(digest(frozen))
 
 
+def make_run(case: Case, directory: Path, processes: Processes) -> dict[str, Any]:
+    run = Run(case, directory, processes)
+    run.train()
+    close_engine(run.engine)
+    return run.seen
+
+
 def main(directory: Path, rank: int, world_size: int) -> None:
     store = find_store(rank=rank, world_size=world_size, store_path=directory / "store")
     processes = Processes(rank, rank, world_size, find_device(rank), store)
     join(processes, timeout_s=120.0)
     for content in json.loads((directory / "cases.json").read_text()):
-        run = Run(Case(**content), directory, processes)
-        run.train()
+        case = Case(**content)
+        try:
+            seen = make_run(case, directory, processes)
+        except DataError as error:
+            seen = {"error": str(error)}
         if processes.is_first:
-            (directory / f"{run.case.name}.json").write_text(json.dumps(run.seen))
-        close_engine(run.engine)
+            (directory / f"{case.name}.json").write_text(json.dumps(seen))
         dist.barrier()
     leave()
 

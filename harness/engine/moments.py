@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
+_CHUNK = 1 << 24  # values encoded or decoded at a time: the rest of the work space stays small
 _NAMES = {"state1": "exp_avg", "state2": "exp_avg_sq"}
 _QUANTISATION = ("qmap", "absmax")
 
@@ -71,6 +72,12 @@ def encode(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     that gives back most values of the block.
     """
     blocks = torch.nn.functional.pad(values, (0, -values.numel() % BLOCK)).view(-1, BLOCK)
+    parts = [_encode_blocks(part, levels) for part in blocks.split(_CHUNK // BLOCK)]
+    codes, scales = (torch.cat(one) for one in zip(*parts, strict=True))
+    return codes.view(-1)[: values.numel()], scales.view(-1)
+
+
+def _encode_blocks(blocks: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     largest = blocks.abs().amax(1, keepdim=True)
     guesses = [largest, largest / -levels[0]] if levels[0] < 0 else [largest]
     codes, scales = torch.empty_like(blocks, dtype=torch.uint8), largest
@@ -82,17 +89,21 @@ def encode(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
             is_better = num_wrong < fewest_wrong
             codes, scales = torch.where(is_better, found, codes), torch.where(is_better, scale, scales)
             fewest_wrong = torch.minimum(num_wrong, fewest_wrong)
-    return codes.view(-1)[: values.numel()], scales.view(-1)
+    return codes, scales
 
 
 def decode(codes: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
     """The float32 values of `codes` (flat)."""
-    return levels[codes.int()] * scales.repeat_interleave(BLOCK)[: codes.numel()]
+    values = torch.empty(codes.shape)
+    parts = (tensor.split(size) for tensor, size in ((values, _CHUNK), (codes, _CHUNK), (scales, _CHUNK // BLOCK)))
+    for values_part, codes_part, scales_part in zip(*parts, strict=True):
+        values_part[:] = levels[codes_part.int()] * scales_part.repeat_interleave(BLOCK)[: codes_part.numel()]
+    return values
 
 
 def _nearest(values: Tensor, levels: Tensor) -> Tensor:
     middles = (levels[1:] + levels[:-1]) / 2
-    return torch.bucketize(values, middles).to(torch.uint8)
+    return torch.bucketize(values, middles, out_int32=True).to(torch.uint8)
 
 
 def _stored(optimizer: torch.optim.Optimizer, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -10,6 +10,7 @@ from bitsandbytes.functional import create_dynamic_map
 from bitsandbytes.optim import AdamW8bit, Lion
 from torch import Tensor
 
+from harness.engine import moments
 from harness.engine.moments import decode, encode, num_updates, read_moments, set_num_updates, write_moment
 
 SIZE = 5000  # from 4096 values on bitsandbytes quantises; the last block is not full
@@ -70,6 +71,15 @@ def test_codes_survive_decoding_and_encoding(signed: bool, seed: int) -> None:
     again, new_scales = encode(values, levels)
     assert torch.equal(decode(again, new_scales, levels), values)
     assert torch.equal(again, codes)
+
+
+def test_chunks_are_cut_between_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels, values = create_dynamic_map(signed=True), torch.linspace(-1, 3, SIZE)
+    codes, scales = encode(values, levels)
+    decoded = decode(codes, scales, levels)
+    monkeypatch.setattr(moments, "_CHUNK", 512)
+    assert all(torch.equal(a, b) for a, b in zip(encode(values, levels), (codes, scales), strict=True))
+    assert torch.equal(decode(codes, scales, levels), decoded)
 
 
 @pytest.mark.parametrize("signed", [True, False])
