@@ -13,6 +13,7 @@ HELP = (
     "options, the same numbers on the same rows (its test set, else its validation set)."
 )
 EXAMPLE = "harness evaluate runs/enro --beam-size 6 --metrics bleu,chrf,ter"
+FORMATS = ("pairs", "text", "prompt", "messages", "labelled")
 METRICS = ("bleu", "chrf", "ter")
 
 
@@ -20,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     parser.add_argument("--data", metavar="FILE", help=".tsv .csv .jsonl .parquet, or sources line by line")
     parser.add_argument("--references", metavar="FILE", help="the target side line by line, if --data is plain text")
+    parser.add_argument(
+        "--format", choices=FORMATS, help="what a row of --data holds (default: the run's, or messages)"
+    )
     parser.add_argument("--metrics", type=_metrics, metavar="A,B", help="of bleu, chrf, ter (default bleu,chrf)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where hypotheses, scores and page are written")
     parser.add_argument("--processes", type=positive, default=1, metavar="N", help="ranks on this machine (default 1)")
@@ -33,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
     if args.references and not args.data:
         raise ConfigError("is the other side of --data", where="--references", hint="give both, or neither")
     changes = model_changes(args)
+    if args.format:
+        changes["data"]["format"] = args.format
     if args.metrics:
         changes["evaluation"]["metrics"] = args.metrics
     subject = open_subject(args.model, changes)

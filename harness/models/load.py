@@ -150,6 +150,12 @@ def load_model(
     return network.train()
 
 
+def is_decoder(directory: Path) -> bool:
+    """Whether a model directory holds a causal language model."""
+    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    return type(config) in AUTO_MODELS["causal_lm"]._model_mapping and not config.is_encoder_decoder
+
+
 def as_dtype(model: Any, dtype: torch.dtype) -> Any:
     """`model` in place with everything in `dtype` that is not stored in 4 or 8 bits."""
     for module in model.modules():

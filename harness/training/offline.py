@@ -29,7 +29,7 @@ from harness.launch.environment import RankEnvironment, local_ranks, read_rank_e
 from harness.launch.supervisor import supervise
 from harness.models.assemble import load_base, load_with_adapter
 from harness.models.heads import stored_labels
-from harness.models.load import as_dtype, model_directory
+from harness.models.load import as_dtype, is_decoder, model_directory
 from harness.models.screen import base_of_adapter, is_adapter, screen_model_directory
 from harness.plan.parameters import position_limit
 from harness.plan.plan import Plan
@@ -189,12 +189,13 @@ def _default_config(model: str) -> RunConfig:
     dtype = str(content.get("dtype") or content.get("torch_dtype") or "float32")
     if dtype != "bfloat16" and not (dtype == "float16" and torch.cuda.is_available()):
         dtype = "float32"
+    task = "classification" if labels else "causal_lm" if is_decoder(directory) else "translation"
     return RunConfig.model_validate({
         "name": "offline",
-        "task": "translation" if labels is None else "classification",
+        "task": task,
         "classification": labels and labels.model_dump(),
         "model": {"path": model, "dtype": dtype},
-        "data": {"train": [{"path": ""}]}
+        "data": {"train": [{"path": ""}], "packing": False}
         | dict.fromkeys(("max_source_length", "max_target_length", "max_length"), length),
         "batch": {"tokens_per_step": DEFAULT_MAX_TOKENS, "max_tokens_per_device": DEFAULT_MAX_TOKENS},
         "optimizer": {"lr": 1.0},
