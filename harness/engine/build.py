@@ -43,11 +43,14 @@ def build_engine(
     `parameter_groups`.
     """
     import deepspeed
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
     use_our_ninja()
     offloaded = offload_device(deepspeed_config, "optimizer") != "none"
     groups = parameter_groups(model, optimizer_config, new_heads=new_heads, starts=starts)
     optimizer = build_optimizer(groups, optimizer_config, device=processes.device, offloaded=offloaded)
+    # DeepSpeed warns of optimizers it does not know; ours are proven in tests/numerics/test_optimizers.py.
+    ZERO_SUPPORTED_OPTIMIZERS[:] = {*ZERO_SUPPORTED_OPTIMIZERS, type(optimizer)}
     weights = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False

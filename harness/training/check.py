@@ -35,8 +35,9 @@ def _model(config: RunConfig, task: Task) -> str:
     origin = "the weights fit config.json" if config.model.path else f"random weights from seed {config.seed}"
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
-    numbers = f"{total:,} parameters" + (f" ({trained:,} trained from the first step on)" if trained < total else "")
-    return f"{model_source(config)}: {kind}, {numbers}, {origin}"
+    base = total - trained if config.adapter is not None else total
+    first = f"; trained from the first step on: {trained:,}" if trained < total else ""
+    return f"{model_source(config)}: {kind}, {base:,} parameters, {origin}{first}"
 
 
 def _tokenizer(task: Task) -> str:
