@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-# A shell that starts pytest in the background leaves SIGINT ignored, and ranks would inherit that.
+# A shell that starts pytest in the background leaves SIGINT ignored, nohup SIGHUP, and ranks would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ.update(DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
 FAMILIES = ("mbart", "mbart50", "nllb", "marian", "t5")
