@@ -79,12 +79,12 @@ LLAMA = {
 }  # fmt: skip
 
 
-def make_model(directory: Path, task: Task) -> Path:
+def make_model(directory: Path, task: Task, llama: dict[str, Any] = LLAMA) -> Path:
     """The demo's tokeniser with random weights of mbart-large's size, or of a small Llama's."""
     shutil.copytree(ROOT / "examples" / "base", directory, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     ids = {key: config[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
-    content = config | LARGE if task == "translation" else LLAMA | ids
+    content = config | LARGE if task == "translation" else llama | ids
     (directory / "config.json").write_text(json.dumps(content), encoding="utf-8")
     load_model(ModelConfig(config=str(directory)), 0, task=task).to(torch.bfloat16).save_pretrained(directory)
     return directory

@@ -20,7 +20,7 @@ def main() -> None:
     values = {
         "before": {name: round(before[name], 3) for name in ("loss", "chrf", "bleu")},
         "after": {name: round(after[name], 3) for name in ("loss", "chrf", "bleu")},
-        "signature": after["signatures"]["chrf"],
+        "signatures": after["signatures"],
         "held_out_rows": after["sentences"],
         "steps": summary["steps"],
         "rows": sum(step["rows"] for step in steps),

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 PAIRS = Path(__file__).parent.parent / "data"
-NUM_ROWS = {"train": 1000, "test": 64}
+NUM_ROWS = {"train": 1200, "test": 64}
 LENGTHS = range(20, 91)  # characters of the German side
 SEED = 17
 
