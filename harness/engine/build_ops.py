@@ -28,8 +28,8 @@ def build_ops(names: Sequence[str]) -> None:
             builders[name]().load(verbose=False)
         except Exception as error:  # of the compiler, of torch, or of DeepSpeed's own checks
             reason = str(error).strip().rpartition("\n")[2]
-            hint = "harness doctor tells what is missing; optimizer.implementation: torch needs no compiler"
-            raise HarnessError(f"DeepSpeed's {name} cannot be compiled: {reason}", hint=hint) from error
+            what = f"DeepSpeed's {name} cannot be compiled: {reason}"
+            raise HarnessError(what, hint="`harness doctor` tells what is missing") from error
 
 
 def use_our_ninja() -> None:

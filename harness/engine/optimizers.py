@@ -23,11 +23,13 @@ def build_optimizer(
 
 
 def needed_ops(config: OptimizerConfig, deepspeed_config: dict[str, Any], device_type: str) -> list[str]:
-    """DeepSpeed ops that the optimizer would compile at first use, while ranks wait for each other."""
-    offloaded = offload_device(deepspeed_config, "optimizer") != "none"
-    if config.name != "adamw" or not _is_deepspeeds(config, device_type, offloaded):
-        return []
-    return ["cpu_adam" if offloaded else "fused_adam"]
+    """DeepSpeed ops that a run would compile at first use, while ranks wait for each other."""
+    optimizer_place, weights_place = (offload_device(deepspeed_config, what) for what in ("optimizer", "param"))
+    offloaded = optimizer_place != "none"
+    ops = ["async_io"] if "nvme" in (optimizer_place, weights_place) else []
+    if config.name == "adamw" and _is_deepspeeds(config, device_type, offloaded):
+        ops.append("cpu_adam" if offloaded else "fused_adam")
+    return ops
 
 
 def _is_deepspeeds(config: OptimizerConfig, device_type: str, offloaded: bool) -> bool:

@@ -25,8 +25,9 @@ from harness.training.session import CHECKPOINTS, Session, reopen_engine, save
 from harness.training.validate import best_step, evaluate_set, evaluate_validation
 
 FIXED_LENGTHS = (3, 9, 17, 5)  # tokens of the rows on which an export is compared
-# Of the largest logit. Sums of base and adapter are rounded once more when their weights become one.
-MERGE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Of the largest logit.
+MERGE_TOLERANCE = 1e-4  # in float32
+PISSA_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 TOLERANCE_8_BIT = 1e-1  # 8-bit layers round what enters them too, plain layers do not
 
 
@@ -82,9 +83,12 @@ def export_checkpoint(
     """
     as_plain_transformers = {"gradient_checkpointing": False, "attention": "sdpa", "neftune_alpha": None}
     config = config.model_copy(update={"model": config.model.model_copy(update=as_plain_transformers)})
+    dtype = getattr(torch, config.model.dtype)
+    if merge:
+        config = in_float32(config)
     model = assemble(config, step=checkpoint.step - 1, total_steps=max(1, checkpoint.step)).model
     overwrite_parameters(model, checkpoint)
-    dtype, inputs = getattr(torch, config.model.dtype), fixed_inputs(task, model.config)
+    inputs = fixed_inputs(task, model.config)
     if config.adapter is not None and not merge:
         from harness.models.adapter_files import save_adapter  # peft takes seconds to import
 
@@ -94,13 +98,13 @@ def export_checkpoint(
             write=lambda path: save_adapter(model, path, base=base),
             reload=lambda path: load_with_adapter(config, path),
             # What PiSSA takes out of the base at its start is added again in another order.
-            tolerance=MERGE_TOLERANCE[dtype] if config.adapter.method == "pissa" else 0.0,
+            tolerance=PISSA_TOLERANCE[dtype] if config.adapter.method == "pissa" else 0.0,
         )  # fmt: skip
         return
     if config.adapter is not None:
         quantization = config.model.quantization
         is_8_bit = quantization is not None and quantization.bits == 8
-        model = merged(model, inputs, dtype, tolerance=TOLERANCE_8_BIT if is_8_bit else MERGE_TOLERANCE[dtype])
+        model = merged(model, inputs, tolerance=TOLERANCE_8_BIT if is_8_bit else MERGE_TOLERANCE)
     model = model.to(dtype).eval()
     export(
         model, task.tokenizer, directory, fixed_batch=inputs,
@@ -108,15 +112,24 @@ def export_checkpoint(
     )  # fmt: skip
 
 
-def merged(model: Any, inputs: dict[str, Any], dtype: torch.dtype, *, tolerance: float) -> Any:
-    """The base with the adapter in its weights. Raises DataError if that changes the logits by more than `tolerance`
-    times the largest."""
+def in_float32(config: RunConfig) -> RunConfig:
+    """With products of float32: in 16 bits both sides of a merge are rounded by more than a wrong merge may change."""
+    quantization = config.model.quantization
+    if quantization is not None:
+        quantization = quantization.model_copy(update={"compute_dtype": "float32"})
+    model = config.model.model_copy(update={"dtype": "float32", "quantization": quantization})
+    return config.model_copy(update={"model": model})
+
+
+def merged(model: Any, inputs: dict[str, Any], *, tolerance: float) -> Any:
+    """The base with the adapter in its weights, in float32. Raises DataError if that changes the logits by more than
+    `tolerance` times the largest."""
     from harness.models.adapter_files import merge_adapter
     from harness.models.quantization import merge_gate
 
     with torch.no_grad():
         unmerged = model.eval()(**inputs).logits
-        whole = merge_adapter(model).to(dtype).eval()
+        whole = merge_adapter(model).float().eval()
         merge_gate(unmerged, whole(**inputs).logits, tolerance=tolerance)
     return whole
 
