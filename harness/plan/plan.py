@@ -112,7 +112,9 @@ def _sizes(
         "num_trained": num_parameters(held.trained),
         "memory": model_states(held, deepspeed=deepspeed, dtype=dtype, optimizer=optimizer, world_size=world_size),
         "logits_bytes": None if config.task == "classification" else _logits_bytes(config, model),
-        "checkpoint_bytes": FLOAT32_BYTES * num_parameters(held.trained) + state_bytes(held.trained, optimizer),
+        # Moments of 8 bits are saved in float32.
+        "checkpoint_bytes": FLOAT32_BYTES * num_parameters(held.trained)
+        + state_bytes(held.trained, optimizer.removesuffix("_8bit")),
     }
 
 
