@@ -19,7 +19,7 @@ SMALL = LLAMA | {"hidden_size": 1024, "intermediate_size": 2816}
 COMMON = [
     "launch.processes=1", "schedule={name: constant, steps: 3}", "optimizer.lr=1e-4", "deepspeed.preset=zero2",
     "data.test=null", "batch={tokens_per_step: 256, max_tokens_per_device: 256}", "adapter={rank: 16}",
-    "data.validation=null", "evaluation=null",
+    "data.validation=null", "evaluation=null", "data.max_length=256",
 ]  # fmt: skip
 SETTINGS = {
     "bfloat16": [],
