@@ -170,11 +170,6 @@ def reload_model(directory: Path, task: Task) -> PreTrainedModel:
     return AUTO_MODELS[task].from_pretrained(directory, local_files_only=True)
 
 
-def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
-    """State-dict name of each shared parameter -> name of the one it is shared with, which alone is saved."""
-    return dict(model.all_tied_weights_keys)
-
-
 def _load_config(directory: Path, task: Task, *, weights: bool) -> PreTrainedConfig:
     """The screened config.json. Raises DataError if it is not valid or of no model that does the task."""
     content = screen_model_directory(directory, weights=weights)

@@ -142,7 +142,7 @@ def test_recomputation_in_a_frozen_model_with_an_adapter() -> None:
         torch.testing.assert_close(recomputed[name], gradient, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="host memory is the device's")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="offload to host memory needs a GPU to leave")
 def test_offloading_leaves_less_on_the_device() -> None:
     def peak(variant: GradientCheckpointingConfig) -> int:
         sizes = {"hidden_size": 256, "num_hidden_layers": 8, "vocab_size": 50}

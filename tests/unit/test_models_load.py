@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from harness.config.schema import ModelConfig
 from harness.errors import ConfigError, DataError
-from harness.models.load import load_model, load_tokenizer, model_directory, tied_parameters
+from harness.models.load import load_model, load_tokenizer, model_directory
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -88,15 +88,6 @@ def test_checkpointed_activations_give_the_same_gradients(tiny_models: dict[str,
         assert model.is_gradient_checkpointing is on
         gradients.append(model.model.shared.weight.grad)
     torch.testing.assert_close(gradients[0], gradients[1])
-
-
-def test_tied_parameters_share_their_memory(tiny_models: dict[str, Path]) -> None:
-    for family, directory in tiny_models.items():
-        model = load_model(ModelConfig(path=str(directory)), seed=0)
-        state = model.state_dict()
-        assert tied_parameters(model), family
-        for name, source in tied_parameters(model).items():
-            assert state[name].data_ptr() == state[source].data_ptr()
 
 
 def test_a_directory_wins_over_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
