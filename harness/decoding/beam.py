@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from harness.io import heartbeat
+
 SCORE_FORMULA = "sum log p / T^length_penalty; T counts every output token: forced language tag and </s> included"
 
 
@@ -182,6 +184,7 @@ class _Constraints:
         self.forced_first = None if forced_first is None else torch.as_tensor(forced_first)
 
     def __call__(self, tokens: Tensor, scores: Tensor) -> Tensor:
+        heartbeat.beat("evaluation")
         if self.forced_first is None or not self.is_first(tokens):
             allowed = scores.index_fill(1, self.never.to(scores.device), -torch.inf)
             is_last = self.is_last(tokens)

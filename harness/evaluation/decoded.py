@@ -15,6 +15,7 @@ from harness.engine.processes import Processes
 from harness.evaluation.report import write_evaluation
 from harness.evaluation.result import Evaluation, EvaluationInterrupted
 from harness.evaluation.scores import Scores, corpus_scores
+from harness.io import heartbeat
 from harness.tasks.task import DecodingTask
 
 
@@ -108,6 +109,7 @@ def decode_rows(
     batches = decoding_batches(sizes, beam_size=settings.beam_size, max_tokens=max_tokens)
     found: list[tuple[int, str]] = []
     for turn in deal(batches, processes.rank, processes.world_size):
+        heartbeat.beat("evaluation")
         if processes.sum([stop_wanted()])[0]:
             raise EvaluationInterrupted
         inputs = task.collate_sources(rows.take(turn.rows), processes.device)
