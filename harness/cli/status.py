@@ -201,8 +201,8 @@ def _pulses(run_dir: Path) -> list[Record]:
 
 def _shown_pulses(pulses: list[Record]) -> list[str]:
     lines = [
-        f"rank {pulse['rank']:<6} alive {_shown_time(pulse['age_s'])} ago on {pulse['host']}: {pulse['phase']}, "
-        f"step {pulse['step']:,}"
+        f"rank {pulse['rank']:<6} alive {_shown_time(pulse['age_s'])} ago on {pulse['host']}: {pulse['phase']}"
+        + (f" after step {pulse['step']:,}" if pulse["step"] else "")
         for pulse in pulses[:_MOST_RANKS_SHOWN]
     ]
     if len(pulses) > _MOST_RANKS_SHOWN:

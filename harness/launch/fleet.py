@@ -19,7 +19,6 @@ from typing import Any
 import harness
 from harness.config.launch_schema import LaunchConfig
 from harness.errors import ExitCode
-from harness.io.atomic import write_json
 from harness.launch import failures
 from harness.launch.environment import RankEnvironment
 from harness.launch.failures import Failure, NodeEnd, Outcome
@@ -28,9 +27,9 @@ from harness.launch.nodes import Node, first_ranks
 from harness.launch.output import Terminal
 from harness.launch.signals import StopRequests, received_signals
 from harness.launch.supervisor import TERMINAL_VARIABLE
+from harness.launch.watch import write_pulses
 
 FAILURE_WAIT_S = 2.0
-PULSES_FILE = "pulses.json"
 _TICK_S = 1.0
 _PULSES_EVERY_S = 5.0
 _DEATH_PATIENCE_S = 45.0  # a node gives its own ranks 30 s to die
@@ -249,7 +248,7 @@ class _Fleet:
                 self.lose(state, f"harness there is {sorted(versions)}, here {harness.__version__}")
             return
         self.is_started = True
-        environment = carried_environment() | self.launch.environment
+        environment = carried_environment()
         if os.isatty(1):
             environment |= {TERMINAL_VARIABLE: "1", "COLUMNS": str(os.get_terminal_size(1).columns)}
         common = {
@@ -296,8 +295,7 @@ class _Fleet:
         if now >= self.pulses_due:
             self.pulses_due = now + _PULSES_EVERY_S
             ranks = {rank: pulse for state in self.states for rank, pulse in state.pulses.items()}
-            with suppress(OSError):
-                write_json(self.run_dir / PULSES_FILE, {"time": time.time(), "ranks": ranks})
+            write_pulses(self.run_dir, ranks)
 
     def send_all(self, **order: Any) -> None:
         for channel in self.channels:

@@ -63,9 +63,11 @@ def test_status_shows_the_oldest_signs_of_life(run_dir: Path, capsys: pytest.Cap
     ranks = {
         str(rank): {"host": f"node{rank // 4}", "phase": "step", "step": 20, "age_s": float(rank)} for rank in range(10)
     }
+    ranks["8"] |= {"phase": "load", "step": None}
     (run_dir / "pulses.json").write_text(json.dumps({"time": time.time() - 30, "ranks": ranks}))
     lines = [line for line in shown(capsys, "status", run_dir).splitlines() if "alive" in line or "newer" in line]
-    assert lines[0].startswith("rank 9      alive 39 s ago on node2: step, step 20")
+    assert lines[0].startswith("rank 9      alive 39 s ago on node2: step after step 20")
+    assert lines[1].startswith("rank 8      alive 38 s ago on node2: load")
     assert len(lines) == 9
     assert "and 2 ranks with a newer sign of life" in lines[-1]
 
