@@ -106,7 +106,7 @@ def _small_run(plan: Plan, directory: Path, nodes: int | None) -> Iterator[Findi
     write_json(run_file, config.model_dump(mode="json"))
     small = prepare(run_file, [])
     yield from interrupted_run(small, say)
-    if measured_times(_records(plan.run_dir))[0] is None:
+    if plan.config.checkpoint.every_steps is not None and measured_times(_records(plan.run_dir))[0] is None:
         yield from time_limit(plan, *measured_times(_records(small.run_dir)), is_same_run=False)
 
 

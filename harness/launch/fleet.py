@@ -234,7 +234,9 @@ class _Fleet:
                 self.lose(self.states[number], f"its connection closed: {words}")
 
     def lose(self, state: _State, why: str) -> None:
-        what = f"lost node {state.node.name} (ranks {state.first_rank}-{state.first_rank + state.node.num_ranks - 1})"
+        last = state.first_rank + state.node.num_ranks - 1
+        ranks = f"rank {last}" if last == state.first_rank else f"ranks {state.first_rank}-{last}"
+        what = f"lost node {state.node.name} ({ranks})"
         if not self.is_started:
             what = f"cannot start on node {state.node.name}"
         failure = Failure(ExitCode.OTHER, f"{what}: {why}", time.time(), is_restartable=self.is_started)

@@ -220,6 +220,10 @@ def _pretrained_model(
             skeleton = AUTO_MODELS[task].from_config(options["config"])
         options |= quantized_model_options(quantization, options["dtype"], skeleton=skeleton, device=device)
     model, info = AUTO_MODELS[task].from_pretrained(directory, **options)
+    if quantization is not None:
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():  # a single view of it would keep the whole file in memory
+                tensor.data = tensor.data.clone()
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On a CPU with AVX512-BF16, bitsandbytes would lay 4-bit weights out for inference at the first evaluation

@@ -34,3 +34,4 @@ def test_status_tells_what_slurm_says_of_the_job(cluster: Cluster, tmp_path: Pat
     waiting = cluster.sbatch(script, "--begin=now+1hour", "--time=60")
     assert job_line(waiting) == f"{waiting} is PENDING (BeginTime)"
     assert job_line("999999") == "999999 is over: Slurm no longer knows it"
+    cluster.run(HEAD, "scancel", running, waiting)
