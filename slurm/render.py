@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from harness.cluster.batch_script import Place, evaluation_script, training_script
 from harness.config.load import load_run_config
-from harness.launch.batch_script import Place, evaluation_script, training_script
 
 DIRECTORY = Path(__file__).parent
 RUN_FILE = "examples/quickstart.yaml"

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from harness.cluster.backends import plan_run
 from harness.engine.processes import Processes, find_device, find_store, join, leave
 from harness.errors import HarnessError
-from harness.launch.run_directory import opened_run_directory, plan_run
+from harness.launch.run_directory import opened_run_directory
 from harness.training.finish import finish
 from harness.training.loop import train
 from harness.training.prepare import prepare

@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from harness.launch.run_directory import plan_run, refuse_changes
+    from harness.cluster.backends import plan_run
+    from harness.launch.run_directory import refuse_changes
 
     plan = plan_run(args.run_file, args.overrides)
     refuse_changes(plan)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from harness.cli.common import add_run_file, positive
 
 if TYPE_CHECKING:
+    from harness.cluster.preflight import Finding
+    from harness.cluster.submission import Submission
     from harness.config.schema import RunConfig
-    from harness.launch.preflight import Finding
-    from harness.launch.submission import Submission
     from harness.plan.plan import Plan
 
 HELP = (
@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from harness.cluster.submission import prepare
     from harness.errors import ConfigError, ExitCode, HarnessError
-    from harness.launch.submission import prepare
 
     try:
         submission = prepare(args.run_file, args.overrides)
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 def _on_private_cluster(args: argparse.Namespace, config: RunConfig) -> int:
     import subprocess
 
-    from harness.launch.private_cluster import ITS_OWN, private_cluster
+    from harness.cluster.private_cluster import ITS_OWN, private_cluster
 
     assert config.slurm is not None
     nodes = args.nodes or config.slurm.nodes
@@ -85,8 +85,8 @@ def phases(
     submission: Submission, directory: Path, *, nodes: int | None, probe_only: bool
 ) -> Iterator[Iterable[Finding]]:
     """The findings of each phase, which begins when they are asked for."""
-    from harness.launch.preflight import preflight
-    from harness.launch.rehearsal import probe_nodes
+    from harness.cluster.preflight import preflight
+    from harness.cluster.rehearsal import probe_nodes
 
     plan = submission.plans[0]
     yield preflight(submission, _records(plan.run_dir))
@@ -96,9 +96,9 @@ def phases(
 
 
 def _small_run(plan: Plan, directory: Path, nodes: int | None) -> Iterator[Finding]:
+    from harness.cluster.preflight import measured_times, time_limit
+    from harness.cluster.submission import prepare
     from harness.io.atomic import write_json
-    from harness.launch.preflight import measured_times, time_limit
-    from harness.launch.submission import prepare
     from harness.training.rehearsal import interrupted_run, small_run
 
     config = small_run(plan.config, directory, nodes=nodes)
@@ -130,8 +130,8 @@ def clear(directory: Path) -> None:
 
 def told(findings: Iterable[Finding]) -> bool:
     """Print findings as they come; False if one is a problem."""
+    from harness.cluster.preflight import Finding
     from harness.errors import HarnessError
-    from harness.launch.preflight import Finding
 
     def line(finding: Finding) -> bool:
         print(f"{'problem' if finding.is_problem else 'ok':<8} {finding.text}", flush=True)

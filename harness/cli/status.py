@@ -150,9 +150,9 @@ def _state(run_dir: Path, working: str | None, ended: Record) -> str:
 
 def _job(run_dir: Path) -> str | None:
     """What Slurm says of the newest job of the run, None if there is none or no Slurm here."""
+    from harness.cluster import scheduler
+    from harness.cluster.submission import submitted_jobs
     from harness.errors import HarnessError
-    from harness.launch import scheduler
-    from harness.launch.submission import submitted_jobs
 
     numbers = [record["job_id"] for record in submitted_jobs(run_dir) if record["kind"] == "training"]
     if not numbers or shutil.which("scontrol") is None:

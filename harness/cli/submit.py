@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from harness.cli.common import add_run_file
 
 if TYPE_CHECKING:
-    from harness.launch.submission import Submission
+    from harness.cluster.submission import Submission
 
 HELP = (
     "Check the run file, write the sbatch script of its `slurm` section into the run directory, and submit it. The\n"
@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from harness.launch import scheduler
-    from harness.launch.submission import evaluation_dependency, prepare, submit
+    from harness.cluster import scheduler
+    from harness.cluster.submission import evaluation_dependency, prepare, submit
 
     submission = prepare(args.run_file, args.overrides)
     for result in submission.results:

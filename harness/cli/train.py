@@ -17,16 +17,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from functools import partial
 
-    from harness.launch.backends import start_ranks
+    from harness.cluster.backends import plan_run, start_ranks
     from harness.launch.restarts import run_attempts
-    from harness.launch.run_directory import completed, opened_run_directory, plan_run
+    from harness.launch.run_directory import completed, opened_run_directory
 
     plan = plan_run(args.run_file, args.overrides)
     if result := completed(plan):
         print(result)
         return 0
     if plan.config.launch.backend == "slurm":
-        from harness.launch.slurm import run_in_job
+        from harness.cluster.slurm import run_in_job
 
         return run_in_job(plan).report()
     with opened_run_directory(plan) as run_dir:

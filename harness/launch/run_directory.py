@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -22,14 +22,12 @@ from ruamel.yaml import YAML
 
 import harness
 from harness.config.changes import forbidden_changes
-from harness.config.load import load_run_config
 from harness.config.schema import RunConfig
 from harness.errors import ConfigError, HarnessError, ResourceError
 from harness.io.accelerator import accelerator, num_devices
 from harness.io.atomic import read_json, write_json, write_text
-from harness.launch.backends import nodes_of
 from harness.launch.failures import newest_checkpoint
-from harness.plan.plan import Plan, make_plan
+from harness.plan.plan import Plan
 
 STOP_FILE = "stop"  # the request of `harness stop`
 _LOCK_FILE = "run.lock"
@@ -37,12 +35,6 @@ _PACKAGES = (
     "torch", "deepspeed", "transformers", "tokenizers", "sentencepiece", "safetensors", "datasets", "accelerate",
     "peft", "bitsandbytes", "sacrebleu", "tensorboard", "numpy", "pydantic",
 )  # fmt: skip
-
-
-def plan_run(run_file: Path, overrides: Sequence[str], *, world_size: int | None = None) -> Plan:
-    """The checked plan of a run file for `world_size` ranks; default: what the file's `launch` section says."""
-    config = load_run_config(run_file, overrides)
-    return make_plan(config, world_size=world_size or sum(node.num_ranks for node in nodes_of(config)))
 
 
 def refuse_changes(plan: Plan) -> None:

@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
+from harness.cluster.backends import plan_run
 from harness.errors import ExitCode, HarnessError
 from harness.io import heartbeat
 from harness.io.atomic import read_json, write_json
@@ -24,7 +25,7 @@ from harness.io.faults import fault_point
 from harness.launch.environment import RankEnvironment, read_rank_environment
 from harness.launch.failures import PEER_LOST
 from harness.launch.guard import TOKEN_VARIABLE
-from harness.launch.run_directory import completed, opened_run_directory, plan_run
+from harness.launch.run_directory import completed, opened_run_directory
 from harness.plan.plan import Plan
 from harness.training.stop import StopRequest
 

@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from harness.cluster import scheduler
+from harness.cluster.preflight import Finding
+from harness.cluster.rehearsal import TIME_LIMIT, Say, last_words, output_of, shortened, wait_for
+from harness.cluster.scheduler import Job
+from harness.cluster.submission import Submission, submit
 from harness.config.launch_rules import seconds_of
 from harness.config.launch_schema import SlurmConfig
 from harness.config.schema import DataConfig, DataSource, RunConfig
@@ -15,12 +20,7 @@ from harness.data.clean import fault_of
 from harness.data.sources import Row, as_source, read_rows
 from harness.errors import DataError
 from harness.io.atomic import read_json, write_text
-from harness.launch import scheduler
-from harness.launch.preflight import Finding
-from harness.launch.rehearsal import TIME_LIMIT, Say, last_words, output_of, shortened, wait_for
 from harness.launch.restarts import read_launches
-from harness.launch.scheduler import Job
-from harness.launch.submission import Submission, submit
 from harness.models.shrink import shrink_model
 from harness.training.metrics_file import read_metrics
 from harness.training.prepare import model_source, with_labels

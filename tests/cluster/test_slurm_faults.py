@@ -232,8 +232,8 @@ def test_no_progress(start: Start) -> None:
 LOOKS_AT_THE_CLOCK = """
 import signal, sys
 from pathlib import Path
-from harness.launch.allocation import current_allocation
-from harness.launch.job_watch import JobWatch
+from harness.cluster.allocation import current_allocation
+from harness.cluster.job_watch import JobWatch
 signal.signal(signal.SIGUSR2, lambda *_: None)
 with JobWatch(current_allocation(), Path(sys.argv[1])) as watch:
     signal.pause()

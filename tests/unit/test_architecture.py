@@ -17,7 +17,7 @@ FLOORS = {
     "data": 1, "models": 1, "objectives": 1,
     "tasks": 2, "decoding": 2, "engine": 2,
     "evaluation": 3, "checkpoint": 3,
-    "launch": 4, "training": 4,
+    "launch": 4, "cluster": 4, "training": 4,
     "cli": 5,
 }  # fmt: skip
 
@@ -29,7 +29,9 @@ NEIGHBOURS = {
     ("plan", "errors"),
     ("plan", "io"),
     ("plan", "config"),
+    ("cluster", "launch"),
     ("training", "launch"),
+    ("training", "cluster"),
 }
 
 # Heavy library -> the rooms that may import it.
@@ -47,7 +49,7 @@ IMPORTERS = {
 }
 
 # Rooms that answer in under a second: no torch (or what imports it) when they are imported.
-WITHOUT_TORCH = {"errors", "io", "config", "plan", "launch", "cli"}
+WITHOUT_TORCH = {"errors", "io", "config", "plan", "launch", "cluster", "cli"}
 HEAVY = {"torch", "accelerate", *IMPORTERS} - {"sacrebleu", "sentencepiece"}
 
 MAX_FILE_LINES = 350

@@ -19,17 +19,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.cli.main import main
-from harness.config.launch_rules import seconds_of
-from harness.config.load import load_run_config
-from harness.config.schema import RunConfig
-from harness.errors import ConfigError
-from harness.launch.batch_script import (
+from harness.cluster.batch_script import (
     Place,
     directive_value,
     evaluation_script,
     sweep_overrides,
     training_script,
 )
+from harness.config.launch_rules import seconds_of
+from harness.config.load import load_run_config
+from harness.config.schema import RunConfig
+from harness.errors import ConfigError
 from slurm.render import templates
 from tests.run_files import write_run_file
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from harness.cluster.backends import plan_run
 from harness.config.changes import forbidden_changes
 from harness.config.load import load_run_config
 from harness.io.atomic import write_json
-from harness.launch.run_directory import completed, plan_run
+from harness.launch.run_directory import completed
 from tests.run_files import write_run_file
 
 

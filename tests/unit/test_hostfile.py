@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.cluster.hostfile import chosen_nodes, read_hostfile
 from harness.errors import ConfigError, DataError
-from harness.launch.hostfile import chosen_nodes, read_hostfile
 from harness.launch.nodes import Node, first_ranks
 
 HOSTS = """\

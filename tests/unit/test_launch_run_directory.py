@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from harness.cluster.backends import plan_run
 from harness.config.load import load_run_config
 from harness.errors import ConfigError, ResourceError
 from harness.launch import run_directory
-from harness.launch.run_directory import opened_run_directory, owner, plan_run
+from harness.launch.run_directory import opened_run_directory, owner
 from harness.plan.plan import Plan
 
 RUN_FILE = """
@@ -61,7 +62,7 @@ def test_a_run_directory_has_one_owner_until_it_ends(run_file: Path) -> None:
         before = (run_dir / "environment.json").stat().st_mtime_ns
         assert (owner(run_dir) or "").startswith(f"pid {os.getpid()} on ")
         code = (
-            "import sys; from pathlib import Path; from harness.launch.run_directory import *\n"
+            "import sys; from harness.cluster.backends import *; from harness.launch.run_directory import *\n"
             f"plan = plan_run(Path({str(run_file)!r}), [])\n"
             "with opened_run_directory(plan): pass"
         )
@@ -75,7 +76,7 @@ def test_a_run_directory_has_one_owner_until_it_ends(run_file: Path) -> None:
 
 def test_a_killed_owner_is_no_owner(run_file: Path) -> None:
     code = (
-        "import os; from pathlib import Path; from harness.launch.run_directory import *\n"
+        "import os; from harness.cluster.backends import *; from harness.launch.run_directory import *\n"
         f"with opened_run_directory(plan_run(Path({str(run_file)!r}), [])): os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9

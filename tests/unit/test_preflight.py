@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from harness.cluster import probe
+from harness.cluster.preflight import Finding, measured_times, time_limit
+from harness.cluster.probe_report import judge
 from harness.config.schema import RunConfig
-from harness.launch import probe
-from harness.launch.preflight import Finding, measured_times, time_limit
-from harness.launch.probe_report import judge
 from harness.plan.plan import Plan, make_plan
 from tests.runs import tiny_run
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from harness.cluster import scheduler
+from harness.cluster.scheduler import parse_job, parse_time, submitting_environment
 from harness.errors import ConfigError
-from harness.launch import scheduler
-from harness.launch.scheduler import parse_job, parse_time, submitting_environment
 
 RUNNING = (
     "JobId=4 JobName=a name with State=x UserId=root(0) GroupId=root(0) MCS_label=N/A Priority=4294901756 Nice=0 "

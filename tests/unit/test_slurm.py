@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from harness.cli.main import main
+from harness.cluster.job_watch import saving_time
+from harness.cluster.slurm_tasks import step_failure
 from harness.errors import ExitCode
-from harness.launch.job_watch import saving_time
-from harness.launch.slurm_tasks import step_failure
 from tests.run_files import write_run_file
 
 

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from harness.cluster.allocation import slurm_nodes
+from harness.cluster.ssh import run_over_ssh, ssh_nodes
+from harness.config.load import load_run_config
 from harness.config.schema import RunConfig
 from harness.io.accelerator import num_devices
-from harness.launch.allocation import slurm_nodes
 from harness.launch.environment import local_ranks
 from harness.launch.failures import Outcome
 from harness.launch.nodes import Node
-from harness.launch.ssh import run_over_ssh, ssh_nodes
 from harness.launch.supervisor import supervise
+from harness.plan.plan import Plan, make_plan
+
+
+def plan_run(run_file: Path, overrides: Sequence[str], *, world_size: int | None = None) -> Plan:
+    """The checked plan of a run file for `world_size` ranks; default: what the file's `launch` section says."""
+    config = load_run_config(run_file, overrides)
+    return make_plan(config, world_size=world_size or sum(node.num_ranks for node in nodes_of(config)))
 
 
 def nodes_of(config: RunConfig) -> list[Node]:

@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from harness.cluster import scheduler
+from harness.cluster.batch_script import Place, training_script
+from harness.cluster.preflight import Finding, input_files
+from harness.cluster.probe import Facts
+from harness.cluster.probe_job import HOSTS_FILE
+from harness.cluster.probe_report import judge
+from harness.cluster.scheduler import Job
 from harness.config.launch_rules import ranks_per_node, seconds_of
 from harness.config.launch_schema import SlurmConfig
 from harness.config.schema import RunConfig
 from harness.io.atomic import read_json, write_json
-from harness.launch import scheduler
-from harness.launch.batch_script import Place, training_script
-from harness.launch.preflight import Finding, input_files
-from harness.launch.probe import Facts
-from harness.launch.probe_job import HOSTS_FILE
-from harness.launch.probe_report import judge
-from harness.launch.scheduler import Job
 from harness.plan.plan import Plan
 
 _POLL_S, _LONGEST_POLL_S = 1.0, 15.0
@@ -63,7 +63,7 @@ def probe_nodes(plan: Plan, nodes: int | None, directory: Path, say: Say) -> Ite
         "slurm": slurm.model_dump(mode="json"),
     }
     write_json(directory / "request.json", request)
-    command = [sys.executable, "-m", "harness.launch.probe_job", str(directory)]
+    command = [sys.executable, "-m", "harness.cluster.probe_job", str(directory)]
     place = Place(command=command, run_dir=str(directory), directory=str(Path.cwd()))
     job_id = scheduler.submit(training_script(config, place, "probe"))
     job = wait_for(job_id, say, lambda job: None)

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.cluster.hostfile import chosen_nodes, read_hostfile
 from harness.config.launch_schema import LaunchConfig
 from harness.launch.failures import Outcome
 from harness.launch.fleet import Way, supervise_nodes
-from harness.launch.hostfile import chosen_nodes, read_hostfile
 from harness.launch.nodes import Node
 
 _OPTIONS = (  # a host that loses its power is missed after 15 s

@@ -10,10 +10,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from harness.cluster import scheduler
+from harness.cluster.allocation import Allocation
+from harness.cluster.scheduler import Job
 from harness.errors import HarnessError
-from harness.launch import scheduler
-from harness.launch.allocation import Allocation
-from harness.launch.scheduler import Job
 
 _ASK_EVERY_S = 30.0
 _PATIENCE_S = 120.0  # the controller may be starting anew

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.cluster import scheduler
+from harness.cluster.batch_script import Place, evaluation_script, sweep_overrides, training_script
 from harness.config.launch_rules import ranks_per_node
 from harness.config.load import load_run_config
 from harness.config.schema import RunConfig
 from harness.errors import ConfigError
 from harness.io.atomic import write_text
-from harness.launch import scheduler
-from harness.launch.batch_script import Place, evaluation_script, sweep_overrides, training_script
 from harness.launch.run_directory import completed, owner, refuse_changes
 from harness.plan.plan import Plan, make_plan
 

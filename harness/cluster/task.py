@@ -1,4 +1,4 @@
-"""``python -m harness.launch.task RUN_DIR``: a task of a Slurm step becomes the rank that Slurm's variables make it."""
+"""``python -m harness.cluster.task RUN_DIR``: the task of a Slurm step becomes the rank that its variables say."""
 
 from __future__ import annotations
 

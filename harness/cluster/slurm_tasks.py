@@ -11,10 +11,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.cluster.allocation import Allocation
 from harness.config.launch_schema import LaunchConfig, SlurmConfig
 from harness.errors import ExitCode
 from harness.launch import failures
-from harness.launch.allocation import Allocation
 from harness.launch.environment import configured_variables
 from harness.launch.failures import Failure, NodeEnd, Outcome, RankEnd
 from harness.launch.node import free_port, interface_addresses
@@ -38,7 +38,7 @@ def supervise_tasks(
     one which is repeated changes nothing. What ranks print is printed; Slurm ends all tasks when one fails."""
     num_ranks = sum(node.num_ranks for node in nodes)
     failures.set_aside_records(run_dir, range(num_ranks))
-    command = [*_srun(allocation, nodes, slurm), *within, "-m", "harness.launch.task", str(run_dir.absolute())]
+    command = [*_srun(allocation, nodes, slurm), *within, "-m", "harness.cluster.task", str(run_dir.absolute())]
     environment = os.environ | configured_variables(launch) | _meeting_point(allocation, launch)
     requests, is_killed = StopRequests(may_insist=False), False
     with received_signals() as wakeups, selectors.DefaultSelector() as selector:

@@ -1,4 +1,4 @@
-"""``python -m harness.launch.probe DIRECTORY NUMBER``: what one node of a job finds out about itself and the rest.
+"""``python -m harness.cluster.probe DIRECTORY NUMBER``: what one node of a job finds out about itself and the rest.
 
 `harness rehearse` runs it once per node. The nodes write what they find to DIRECTORY, beside the run directory: what
 one node does not see of the others there is itself a finding. Nothing is judged here, see `probe_report.py`.

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from harness.cluster import scheduler
+from harness.cluster.submission import Submission
 from harness.config.launch_rules import LIMIT_SLACK_S, seconds_of
 from harness.config.schema import RunConfig
 from harness.errors import HarnessError
-from harness.launch import scheduler
-from harness.launch.submission import Submission
 from harness.plan.advice import shown_bytes
 from harness.plan.plan import Plan
 

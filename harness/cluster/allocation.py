@@ -7,12 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from harness.cluster import scheduler
 from harness.config.launch_rules import ranks_per_node
 from harness.config.launch_schema import LaunchConfig
 from harness.config.schema import RunConfig
 from harness.errors import ConfigError
 from harness.io.accelerator import num_devices
-from harness.launch import scheduler
 from harness.launch.nodes import Node
 
 _VARIABLE = "SLURM_JOB_NODELIST"

@@ -1,5 +1,5 @@
-"""``python -m harness.launch.probe_job DIRECTORY ...``: stands where `harness train` stands in the script of a job, and
-starts the probe on every node as training starts its supervisors."""
+"""``python -m harness.cluster.probe_job DIRECTORY ...``: stands where `harness train` stands in the script of a job, and starts
+the probe on every node as training starts its supervisors."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from harness.cluster.allocation import current_allocation
+from harness.cluster.slurm import step_on
 from harness.config.launch_schema import SlurmConfig
 from harness.io.atomic import write_json
-from harness.launch.allocation import current_allocation
-from harness.launch.slurm import step_on
 
 HOSTS_FILE = "hosts.json"  # once it is there, modules and setup of the script have worked
 
@@ -21,7 +21,7 @@ def main(directory: Path) -> int:
     hosts = current_allocation().hosts
     write_json(directory / HOSTS_FILE, [host.name for host in hosts])
     within = [*slurm.container, "python" if slurm.container else sys.executable]
-    probe = [*within, "-m", "harness.launch.probe", str(directory)]
+    probe = [*within, "-m", "harness.cluster.probe", str(directory)]
     steps = [
         subprocess.Popen([*step_on(host, slurm), *probe, str(number)], stdin=subprocess.DEVNULL)
         for number, host in enumerate(hosts)

@@ -15,20 +15,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from harness.cluster import scheduler
+from harness.cluster.allocation import Allocation, Host, current_allocation
+from harness.cluster.job_watch import JobWatch
+from harness.cluster.scheduler import Job
+from harness.cluster.slurm_tasks import supervise_tasks
 from harness.config.launch_rules import LIMIT_SLACK_S
 from harness.config.launch_schema import SlurmConfig
 from harness.config.schema import RunConfig
 from harness.errors import ExitCode, HarnessError
-from harness.launch import scheduler
-from harness.launch.allocation import Allocation, Host, current_allocation
 from harness.launch.failures import Outcome
 from harness.launch.fleet import Way, supervise_nodes
-from harness.launch.job_watch import JobWatch
 from harness.launch.restarts import run_attempts
 from harness.launch.run_directory import STOP_FILE, opened_run_directory, owner
-from harness.launch.scheduler import Job
 from harness.launch.signals import SENT_TO_RANKS
-from harness.launch.slurm_tasks import supervise_tasks
 from harness.plan.plan import Plan
 
 _COMMON = ("srun", "--export=ALL", "--mpi=none", "--kill-on-bad-exit=0", "--wait=0")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from harness.cluster.preflight import Finding
+from harness.cluster.probe import Facts
 from harness.config.launch_rules import num_gpus, ranks_per_node
 from harness.config.schema import RunConfig
-from harness.launch.preflight import Finding
-from harness.launch.probe import Facts
 from harness.plan.advice import shown_bytes
 
 _MOST_CLOCK_SKEW_S = 5.0
