@@ -1,4 +1,4 @@
-"""``python -m harness.cluster.probe_job DIRECTORY ...``: stands where `harness train` stands in the script of a job, and starts
+"""``python -m harness.cluster.probe_job DIRECTORY ...``: in the script of a job it stands for `harness train`, and starts
 the probe on every node as training starts its supervisors."""
 
 from __future__ import annotations
