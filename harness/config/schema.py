@@ -202,7 +202,7 @@ class EvaluationConfig(Section):
         None, gt=0.0, description="Longest output as a multiple of the row's own source in tokens, plus 10."
     )
     max_tokens_per_device: int | None = Field(
-        None, gt=0, description="Decoding batch: rows x beams x longest source; default `batch.max_tokens_per_device`."
+        None, gt=0, description="Decoded at once: rows x beams x longest source; default `batch.max_tokens_per_device`."
     )
     metrics: list[Metric] = Field(
         ["bleu", "chrf"], description="Scores beside the loss; the default follows from `task`."
