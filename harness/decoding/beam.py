@@ -8,18 +8,17 @@ Shapes: B rows, S source positions, P positions of the decoder's prefix.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from harness.config.schema import PresetName
 from harness.decoding.decode import Decoder, Hypothesis, Search, Source
+from harness.decoding.presets import PRESETS, Preset, Stop
 from harness.decoding.search import BeamSearch, Greedy
-
-SCORE_FORMULA = "sum log p / T^length_penalty; T counts every output token: forced language tag and </s> included"
-
 
 EXTRA_LENGTH = 10  # tokens that `max_length_ratio` allows beyond the multiple of the source
 
@@ -29,8 +28,8 @@ class BeamSettings:
     """How to search. `max_length` is the longest output in tokens (forced tag and </s> counted, decoder start not).
 
     With `max_length_ratio` a row's output is also no longer than ratio x its own source + 10, whoever shares its batch:
-    </s> is forced there. `beam_size` 1 is greedy. The score of a hypothesis is SCORE_FORMULA; the `num_hypotheses` best
-    are returned.
+    </s> is forced there. `beam_size` 1 is greedy. `preset` says how a hypothesis is scored (`formula`) and when the
+    search stops; `early_stopping` is Hugging Face's and changes when `hf` does. The `num_hypotheses` best are returned.
     """
 
     beam_size: int
@@ -38,10 +37,25 @@ class BeamSettings:
     max_length: int
     max_length_ratio: float | None = None
     num_hypotheses: int = 1
+    preset: PresetName = "hf"
+    early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_hypotheses <= self.beam_size:
             raise ValueError(f"num_hypotheses={self.num_hypotheses} must lie between 1 and beam_size={self.beam_size}")
+        if self.early_stopping and self.preset != "hf":
+            raise ValueError(f"early_stopping={self.early_stopping} is of hf; {self.preset} has a rule of its own")
+
+    @property
+    def convention(self) -> Preset:
+        """The preset, as `early_stopping` changes it."""
+        stop: Stop = "impossible" if self.early_stopping == "never" else "full" if self.early_stopping else "unlikely"
+        return replace(PRESETS["hf"], stop=stop) if self.preset == "hf" else PRESETS[self.preset]
+
+    @property
+    def formula(self) -> str:
+        """The score of a hypothesis in words."""
+        return self.convention.formula
 
 
 class Turn(NamedTuple):
@@ -143,7 +157,7 @@ def decode(
         return {}
     known = collate([0])
     pad, ends = known.get("pad"), known.get("ends") or _as_list(model.config.eos_token_id)
-    search = search_of(settings, model.config.pad_token_id if pad is None else pad, ends)
+    search = _search(settings, model.config.pad_token_id if pad is None else pad, ends)
 
     def fetch(wanted: list[int]) -> Source:
         return _source(**collate(wanted))
@@ -152,11 +166,11 @@ def decode(
     return decoder(range(len(sizes)) if rows is None else rows)
 
 
-def search_of(settings: BeamSettings, pad: int, ends: Sequence[int]) -> Search:
+def _search(settings: BeamSettings, pad: int, ends: Sequence[int]) -> Search:
     """What the decoder is told of the settings."""
     ratio = settings.max_length_ratio
-    kind = Greedy if settings.beam_size == 1 else BeamSearch
-    rule = kind(tuple(ends), settings.length_penalty)
+    options = (tuple(ends), settings.length_penalty, settings.convention)
+    rule = Greedy(*options) if settings.beam_size == 1 else BeamSearch(*options, settings.num_hypotheses)
     limits = None if ratio is None else lambda sizes_R: (sizes_R * ratio).long() + EXTRA_LENGTH
     return Search(settings.beam_size, settings.num_hypotheses, rule, pad, settings.max_length, limits)
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from harness.decoding.search import Beams, Rule
+from harness.decoding.beams import Beams
+from harness.decoding.search import Rule
 from harness.models.stepper import Stepper
 from harness.models.tree import Tree
 
@@ -190,6 +191,11 @@ class Decoder:
             is_last_R = (beams.length_R + 1 >= beams.limit_R) & (beams.limit_R < self.search.max_length)
             log_p_RNV[is_last_R] = -torch.inf
             log_p_RNV[is_last_R, :, self.search.rule.ends[0]] = 0.0
+        if self.search.rule.preset.forces_end:
+            is_last_R = beams.length_R + 1 >= beams.limit_R
+            end_RN = log_p_RNV[is_last_R, :, self.search.rule.ends[0]]
+            log_p_RNV[is_last_R] = -torch.inf
+            log_p_RNV[is_last_R, :, self.search.rule.ends[0]] = end_RN
         return log_p_RNV
 
     def _merged(self, parts: Sequence[tuple[_Running, Sequence[int]]]) -> _Running:

@@ -54,6 +54,7 @@ def beam_settings(options: EvaluationConfig, max_target_length: int, num_hypothe
         options.max_target_length or max_target_length,
         options.max_length_ratio,
         num_hypotheses,
+        options.preset,
     )
 
 

@@ -14,7 +14,7 @@ from harness.tasks.translation import TranslationTask
 
 
 class Output(NamedTuple):
-    """One output of a line, with its score (SCORE_FORMULA)."""
+    """One output of a line, with its score (`BeamSettings.formula`)."""
 
     text: str
     score: float

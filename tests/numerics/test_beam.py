@@ -117,7 +117,7 @@ def canonical(model, family, batch, settings):
         input_ids=batch[0], attention_mask=batch[1], num_beams=settings.beam_size, decoder_start_token_id=start,
         forced_bos_token_id=forced, length_penalty=settings.length_penalty, max_new_tokens=settings.max_length,
         num_return_sequences=settings.num_hypotheses, suppress_tokens=[PAD], return_dict_in_generate=True,
-        output_scores=True,
+        output_scores=True, early_stopping=settings.early_stopping,
     )  # fmt: skip
 
 
@@ -156,6 +156,36 @@ def test_rows_that_come_and_go_get_what_generate_gives_each_batch(model, family,
         if beam_size > 1:
             scores = [one.score for one in found[row]]
             assert scores == pytest.approx(expected.sequences_scores[mine].tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("length_penalty", [1.0, -0.5])
+@pytest.mark.parametrize("early_stopping", [True, "never"])
+def test_early_stopping_is_that_of_generate(model, family, early_stopping, length_penalty):
+    settings = BeamSettings(4, length_penalty, max_length=20, early_stopping=early_stopping)
+    batch = make_batch(rows=12)
+    expected = canonical(model, family, batch, settings)
+    num_prefix = 1 if PREFIXES[family][1] is None else 2
+    found = [row[0] for row in search(model, family, batch, settings)]
+    assert [one.token_ids for one in found] == [content(tokens, num_prefix) for tokens in expected.sequences.tolist()]
+    assert [one.score for one in found] == pytest.approx(expected.sequences_scores.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["fairseq", "gnmt", "marian", "opennmt", "ctranslate2"])
+def test_every_preset_decodes_a_model_and_gives_its_own_scores(preset):
+    model, batch = make_model("mbart"), make_batch(rows=12)
+    settings = BeamSettings(4, 1.0, max_length=20, num_hypotheses=2, preset=preset)
+    found = decode_rows_of(model, "mbart", batch, settings, max_tokens=100)
+    for row in range(12):
+        for one in found[row]:
+            ended = len(one.token_ids) < 20
+            outputs = torch.tensor([one.token_ids + [EOS] * ended])
+            inputs = torch.cat([torch.tensor([[LANGUAGE]]), outputs[:, :-1]], dim=1)
+            with torch.no_grad():
+                logits = model(batch[0][row : row + 1], batch[1][row : row + 1], decoder_input_ids=inputs).logits
+            log_p = logits.log_softmax(-1).gather(2, outputs.unsqueeze(2)).sum()
+            divisor = settings.convention.divisor(torch.tensor(outputs.shape[1]), torch.tensor(ended), 1.0)
+            assert one.score == pytest.approx(float(log_p / divisor), rel=1e-4)
+        assert found[row][0].score >= found[row][1].score
 
 
 @pytest.mark.parametrize("beam_size", [1, 4])
