@@ -33,7 +33,10 @@ class Toy:
 def search(toy: Toy, num_outputs: int, rule: Rule, num_sentences: int = 1) -> list[list[Output]]:
     """The outputs that each sentence ends with, best first; junk in free places is left out."""
     none = torch.zeros(num_sentences, 0, dtype=torch.long)
-    beams = Beams.begin(none, torch.full((num_sentences,), LONGEST), num_outputs, LONGEST)
+    rows_R = torch.arange(num_sentences)
+    beams = Beams.begin(
+        none, torch.full((num_sentences,), LONGEST), num_outputs, LONGEST, rows_R=rows_R, before_RC=none
+    )
     while bool(beams.is_open_R.any()):
         outputs, lengths = beams.tokens_RNL.tolist(), beams.length_R.tolist()
         rows = [[toy.after(tuple(one[:n])) for one in row] for row, n in zip(outputs, lengths, strict=True)]

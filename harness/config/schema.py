@@ -211,6 +211,11 @@ class EvaluationConfig(Section):
     max_length_ratio: float | None = Field(
         None, gt=0.0, description="Longest output as a multiple of the row's own source in tokens, plus 10."
     )
+    min_target_length: int = Field(0, ge=0, description="Output tokens before an output may end.")
+    no_repeat_ngram: int = Field(0, ge=0, description="No sequence of so many tokens comes twice; 0: no such rule.")
+    repetition_penalty: float = Field(
+        1.0, gt=0.0, description="Above 1, tokens that were there before become less likely, as in transformers."
+    )
     max_tokens_per_device: int | None = Field(
         None, gt=0, description="Decoded at once: rows x beams x longest source; default `batch.max_tokens_per_device`."
     )

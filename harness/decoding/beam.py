@@ -16,9 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from harness.config.schema import PresetName
+from harness.decoding.constraints import Constraints
 from harness.decoding.decode import Decoder, Hypothesis, Search, Source
 from harness.decoding.presets import PRESETS, Preset, Stop
-from harness.decoding.search import BeamSearch, Greedy
+from harness.decoding.sampling import Sampling
+from harness.decoding.search import BeamSearch, Chain
 
 EXTRA_LENGTH = 10  # tokens that `max_length_ratio` allows beyond the multiple of the source
 
@@ -30,6 +32,7 @@ class BeamSettings:
     With `max_length_ratio` a row's output is also no longer than ratio x its own source + 10, whoever shares its batch:
     </s> is forced there. `beam_size` 1 is greedy. `preset` says how a hypothesis is scored (`formula`) and when the
     search stops; `early_stopping` is Hugging Face's and changes when `hf` does. The `num_hypotheses` best are returned.
+    `sampling` draws one output instead of searching.
     """
 
     beam_size: int
@@ -39,12 +42,16 @@ class BeamSettings:
     num_hypotheses: int = 1
     preset: PresetName = "hf"
     early_stopping: bool | Literal["never"] = False
+    constraints: Constraints | None = None
+    sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_hypotheses <= self.beam_size:
             raise ValueError(f"num_hypotheses={self.num_hypotheses} must lie between 1 and beam_size={self.beam_size}")
         if self.early_stopping and self.preset != "hf":
             raise ValueError(f"early_stopping={self.early_stopping} is of hf; {self.preset} has a rule of its own")
+        if self.sampling and self.beam_size > 1:
+            raise ValueError(f"sampling draws one output: beam_size={self.beam_size} must be 1")
 
     @property
     def convention(self) -> Preset:
@@ -168,11 +175,11 @@ def decode(
 
 def _search(settings: BeamSettings, pad: int, ends: Sequence[int]) -> Search:
     """What the decoder is told of the settings."""
-    ratio = settings.max_length_ratio
-    options = (tuple(ends), settings.length_penalty, settings.convention)
-    rule = Greedy(*options) if settings.beam_size == 1 else BeamSearch(*options, settings.num_hypotheses)
+    one, ratio = settings, settings.max_length_ratio
+    options = (tuple(ends), one.length_penalty, one.convention)
+    rule = Chain(*options, one.sampling) if one.beam_size == 1 else BeamSearch(*options, one.num_hypotheses)
     limits = None if ratio is None else lambda sizes_R: (sizes_R * ratio).long() + EXTRA_LENGTH
-    return Search(settings.beam_size, settings.num_hypotheses, rule, pad, settings.max_length, limits)
+    return Search(one.beam_size, one.num_hypotheses, rule, pad, one.max_length, limits, one.constraints)
 
 
 def _source(

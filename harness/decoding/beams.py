@@ -1,6 +1,7 @@
 """The state of many beam searches between two steps.
 
-Shapes: R sentences, N running outputs (beams) of each, P forced tokens, L output tokens.
+Shapes: R sentences, N running outputs (beams) of each, P forced tokens, L output tokens, C tokens before
+the outputs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch.nn import functional
 from harness.models.tree import ROOM
 
 NEVER = -1.0e9  # log p of what cannot be chosen
+NOTHING = -1  # stands where a row has no token
 
 
 @dataclass
@@ -23,6 +25,7 @@ class Beams:
     `tokens_RNL` are the running outputs, of which `length_R` tokens are there, with log p `log_p_RN`. `best_RNL` are
     the N best finished ones with `best_length_RN` tokens, </s> included, and `best_score_RN`; `is_full_RN` tells which
     places are taken. `limit_R` is the longest output. `can_improve_R`: a running output might still enter the best.
+    `rows_R` are the callers' numbers of the rows; `before_RC` is what stood before the outputs, where it matters.
     """
 
     tokens_RNL: Tensor
@@ -35,9 +38,13 @@ class Beams:
     limit_R: Tensor
     can_improve_R: Tensor
     is_open_R: Tensor
+    rows_R: Tensor
+    before_RC: Tensor
 
     @classmethod
-    def begin(cls, prefix_RP: Tensor, limit_R: Tensor, num_outputs: int, room: int) -> Beams:
+    def begin(
+        cls, prefix_RP: Tensor, limit_R: Tensor, num_outputs: int, room: int, *, rows_R: Tensor, before_RC: Tensor
+    ) -> Beams:
         """One running output per sentence, `prefix_RP`, and N - 1 that lose against any other."""
         num_sentences, length = prefix_RP.shape
         shape = (num_sentences, num_outputs)
@@ -57,6 +64,8 @@ class Beams:
             limit_R=limit_R,
             can_improve_R=is_open_R.clone(),
             is_open_R=is_open_R,
+            rows_R=rows_R,
+            before_RC=before_RC,
         )
 
     @property
@@ -74,5 +83,8 @@ class Beams:
             picked = [getattr(beams, name)[rows] for beams, rows in parts]
             if name.endswith("L"):
                 picked = [functional.pad(one, (0, max(0, room - one.shape[2])))[:, :, :room] for one in picked]
+            if name.endswith("C"):
+                widest = max(one.shape[1] for one in picked)
+                picked = [functional.pad(one, (widest - one.shape[1], 0), value=NOTHING) for one in picked]
             joined[name] = torch.cat(picked)
         return Beams(**joined)

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from harness.decoding.beams import Beams
+from harness.decoding.beams import NOTHING, Beams
+from harness.decoding.constraints import Constraints
 from harness.decoding.search import Rule
 from harness.models.stepper import Stepper
 from harness.models.tree import Tree
@@ -38,6 +39,12 @@ class Source:
     prefix_RP: Tensor
     num_forced: int
 
+    @property
+    def before(self) -> Tensor:
+        """[R, any]: the decoder's start, or the prompt of a model that has no other decoder."""
+        start_RP = self.prefix_RP[:, : self.prefix_RP.shape[1] - self.num_forced]
+        return start_RP if start_RP.shape[1] else self.input_ids_RS.masked_fill(self.mask_RS == 0, NOTHING)
+
 
 @dataclass(frozen=True)
 class Search:
@@ -49,6 +56,7 @@ class Search:
     pad: int
     max_length: int
     limits: Callable[[Tensor], Tensor] | None = None
+    constraints: Constraints | None = None
 
 
 @dataclass
@@ -162,9 +170,14 @@ class Decoder:
         limit_R = torch.full((len(rows),), self.search.max_length, device=logits_RV.device)
         if self.search.limits is not None:
             limit_R = torch.minimum(limit_R, self.search.limits(source.mask_RS.sum(dim=1)))
-        beams = Beams.begin(forced_RP, limit_R, self.search.num_outputs, source.num_forced + 1)
-        log_p_RNV = self._log_p(logits_RV.unsqueeze(1), beams).expand(-1, self.search.num_outputs, -1)
-        parents_RN = self.search.rule.advance(beams, log_p_RNV)
+        before_RC = source.prefix_RP[:, :0]
+        if self.search.constraints:
+            before_RC = source.before
+        beams = Beams.begin(
+            forced_RP, limit_R, self.search.num_outputs, source.num_forced + 1,
+            rows_R=torch.tensor(rows, device=logits_RV.device), before_RC=before_RC,
+        )  # fmt: skip
+        parents_RN = self._advance(beams, logits_RV.unsqueeze(1).expand(-1, self.search.num_outputs, -1))
         return _Running(rows, tree, beams, parents_RN, source.num_forced)
 
     def _step(self) -> None:
@@ -177,26 +190,37 @@ class Decoder:
         if self.running is None:
             running.tree.forget_last_step()
         else:
-            running.parents_RN = self.search.rule.advance(beams, self._log_p(logits_RNV, beams))
+            running.parents_RN = self._advance(beams, logits_RNV)
 
-    def _log_p(self, logits_RNV: Tensor, beams: Beams) -> Tensor:
-        """Log p of what may come next: never padding, unless it ends an output; only an end at a row's own limit.
+    def _advance(self, beams: Beams, logits_RNV: Tensor) -> Tensor:
+        """The step that the rule takes: beams by constrained log p, one output by constrained logits, both as
+        transformers does it."""
+        rule, constraints = self.search.rule, self.search.constraints
+        log_p_RNV = logits_RNV.log_softmax(dim=2)
+        if self.search.num_outputs > 1 or not constraints:
+            log_p_RNV = constraints(log_p_RNV, beams, rule.ends) if constraints else log_p_RNV
+            return rule.advance(beams, self._limited(log_p_RNV, beams))
+        choice_RNV = self._limited(constraints(logits_RNV, beams, rule.ends), beams)
+        return rule.advance(beams, self._limited(log_p_RNV, beams), choice_RNV)
+
+    def _limited(self, scores_RNV: Tensor, beams: Beams) -> Tensor:
+        """In place: never padding, unless it ends an output; only an end at a row's own limit.
 
         Marian needs the first: its padding embedding is also the decoder start and may win.
         """
-        log_p_RNV = logits_RNV.log_softmax(dim=2)
-        if self.search.pad not in self.search.rule.ends:
-            log_p_RNV[:, :, self.search.pad] = -torch.inf
-        if self.search.limits is not None:
-            is_last_R = (beams.length_R + 1 >= beams.limit_R) & (beams.limit_R < self.search.max_length)
-            log_p_RNV[is_last_R] = -torch.inf
-            log_p_RNV[is_last_R, :, self.search.rule.ends[0]] = 0.0
-        if self.search.rule.preset.forces_end:
+        rule, end = self.search.rule, self.search.rule.ends[0]
+        if self.search.pad not in rule.ends:
+            scores_RNV[:, :, self.search.pad] = -torch.inf
+        if rule.preset.forces_end:
             is_last_R = beams.length_R + 1 >= beams.limit_R
-            end_RN = log_p_RNV[is_last_R, :, self.search.rule.ends[0]]
-            log_p_RNV[is_last_R] = -torch.inf
-            log_p_RNV[is_last_R, :, self.search.rule.ends[0]] = end_RN
-        return log_p_RNV
+            end_RN = scores_RNV[is_last_R, :, end]
+            scores_RNV[is_last_R] = -torch.inf
+            scores_RNV[is_last_R, :, end] = end_RN
+        elif self.search.limits is not None:
+            is_last_R = (beams.length_R + 1 >= beams.limit_R) & (beams.limit_R < self.search.max_length)
+            scores_RNV[is_last_R] = -torch.inf
+            scores_RNV[is_last_R, :, end] = 0.0
+        return scores_RNV
 
     def _merged(self, parts: Sequence[tuple[_Running, Sequence[int]]]) -> _Running:
         device = parts[0][0].parents_RN.device

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from harness.decoding.beams import NEVER, Beams
 from harness.decoding.presets import HF, Preset
+from harness.decoding.sampling import Sampling
 
 BLOCK = 64  # log p are searched for the best in blocks of the vocabulary
 
@@ -29,9 +30,9 @@ class Rule(ABC):
     preset: Preset = HF
 
     @abstractmethod
-    def advance(self, beams: Beams, log_p_RNV: Tensor) -> Tensor:
+    def advance(self, beams: Beams, log_p_RNV: Tensor, choice_RNV: Tensor | None = None) -> Tensor:
         """Takes the next step of every open search in place; returns which output [R, N] each running one goes on
-        from."""
+        from. What is taken may follow from other numbers than log p, `choice_RNV`, where one output is running."""
 
     def is_end(self, tokens: Tensor) -> Tensor:
         """Which tokens end an output."""
@@ -48,7 +49,7 @@ class BeamSearch(Rule):
 
     num_wanted: int = 1
 
-    def advance(self, beams: Beams, log_p_RNV: Tensor) -> Tensor:
+    def advance(self, beams: Beams, log_p_RNV: Tensor, choice_RNV: Tensor | None = None) -> Tensor:
         num_sentences, num_outputs, _ = log_p_RNV.shape
         num_candidates = num_outputs * (1 if self.preset.has_no_spare else max(2, 1 + len(self.ends)))
         log_p_RK, parents_RK, tokens_RK = best_continuations(log_p_RNV, beams.log_p_RN, num_candidates)
@@ -132,11 +133,18 @@ class BeamSearch(Rule):
 
 
 @dataclass(frozen=True)
-class Greedy(Rule):
-    """Takes the likeliest token at each position, for searches with one running output; the score only describes it."""
+class Chain(Rule):
+    """One running output that takes the likeliest token at each position, or draws it; the score only describes it."""
 
-    def advance(self, beams: Beams, log_p_RNV: Tensor) -> Tensor:
-        log_p_RN, tokens_RN = log_p_RNV.max(dim=2)
+    sampling: Sampling | None = None
+
+    def advance(self, beams: Beams, log_p_RNV: Tensor, choice_RNV: Tensor | None = None) -> Tensor:
+        choice_RV = (log_p_RNV if choice_RNV is None else choice_RNV)[:, 0]
+        if self.sampling is None:
+            tokens_RN = choice_RV.argmax(dim=1, keepdim=True)
+        else:
+            tokens_RN = self.sampling.draw(choice_RV, beams.rows_R, beams.length_R).unsqueeze(1)
+        log_p_RN = log_p_RNV[:, 0].gather(1, tokens_RN)
         beams.length_R = beams.length_R + beams.is_open_R
         at_end_RNL = (beams.length_R - 1)[:, None, None]
         is_open_R1 = beams.is_open_R.unsqueeze(1)

@@ -11,6 +11,7 @@ from typing import Any
 from harness.config.schema import EvaluationConfig, RunConfig
 from harness.data.encoded import EncodedRows
 from harness.decoding.beam import BeamSettings, decode
+from harness.decoding.constraints import Constraints
 from harness.engine.processes import Processes
 from harness.evaluation.report import write_evaluation
 from harness.evaluation.result import Evaluation, EvaluationInterrupted
@@ -48,6 +49,7 @@ class Decoded(Evaluation):
 
 def beam_settings(options: EvaluationConfig, max_target_length: int, num_hypotheses: int = 1) -> BeamSettings:
     """The search that `evaluation:` asks for; `max_target_length` is the limit where it names none."""
+    constraints = Constraints(options.min_target_length, options.no_repeat_ngram, options.repetition_penalty)
     return BeamSettings(
         options.beam_size,
         options.length_penalty,
@@ -55,6 +57,7 @@ def beam_settings(options: EvaluationConfig, max_target_length: int, num_hypothe
         options.max_length_ratio,
         num_hypotheses,
         options.preset,
+        constraints=None if constraints == Constraints() else constraints,
     )
 
 

@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
+from harness.errors import ConfigError
 from harness.models.tree import Slots, Tree, merge
 
 MASKABLE = ("eager", "sdpa")  # attention that takes any mask
+KINDS = {"full_attention", "sliding_attention"}  # of decoder layers that a mask describes
 
 
 class Stepper:
@@ -33,6 +35,13 @@ class Stepper:
         adapter = getattr(model, "active_peft_config", None)
         self.has_virtual_tokens = adapter is not None and adapter.is_prompt_learning
         self.is_encoder_decoder = bool(self.base.config.is_encoder_decoder)
+        self.takes = inspect.signature(self.base.forward).parameters
+        config = self.base.config.get_text_config()
+        self.kinds = set(getattr(config, "layer_types", None) or ())
+        self.window = getattr(config, "sliding_window", None)
+        if not self.is_encoder_decoder and ("position_ids" not in self.takes or self.kinds - KINDS):
+            what = f"{config.model_type} cannot be decoded: beams share keys and values, which its attention cannot do"
+            raise ConfigError(what, where="evaluation.metrics", hint="evaluation.metrics=[] scores the loss alone")
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -60,7 +69,7 @@ class Stepper:
         mask_RS = torch.cat([mask_RS, torch.ones_like(prefix_RP)], dim=1)
         if self.has_virtual_tokens:
             return self._read_after_virtual_tokens(input_ids_RS, mask_RS)
-        keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.base.forward).parameters else {}
+        keep = {"logits_to_keep": 1} if "logits_to_keep" in self.takes else {}
         positions_RS = (mask_RS.cumsum(dim=1) - 1).clamp(min=0)
         outputs = self.model(
             input_ids=input_ids_RS, attention_mask=mask_RS, position_ids=positions_RS,
@@ -130,15 +139,12 @@ class Stepper:
 
     def _mask(self, tree: Tree) -> Any:
         """The 4D mask of a decoder's layers; one of each kind where some layers see only a window."""
-        config = self.base.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ())
-        window = getattr(config, "sliding_window", None)
         full = tree.bias_RNC.unsqueeze(1)
-        if window is None or kinds == {"full_attention"}:
+        if self.window is None or self.kinds == {"full_attention"}:
             return full
-        is_outside_RC = tree.slot_positions_RC <= tree.positions_R.unsqueeze(1) - window
+        is_outside_RC = tree.slot_positions_RC <= tree.positions_R.unsqueeze(1) - self.window
         near = full.masked_fill(is_outside_RC[:, None, None, :], torch.finfo(full.dtype).min)
-        return {"full_attention": full, "sliding_attention": near} if kinds else near
+        return {"full_attention": full, "sliding_attention": near} if self.kinds else near
 
     @contextmanager
     def _positions(self, tree: Tree) -> Iterator[None]:
