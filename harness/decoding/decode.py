@@ -156,12 +156,11 @@ class Decoder:
     def _read(self, new: list[int]) -> None:
         """Reads new sources and takes their first step; a rank that has none reads along."""
         begun = self._begin(new or [min(range(len(self.sizes)), key=self.sizes.__getitem__)])
-        if not new:
+        present = [(self.running, range(len(self.running.rows)))] if self.running else []
+        if new:
+            self.running = self._merged([*present, (begun, range(len(new)))])
+        elif not present:
             self.idle = self._merged([(begun, [0])])
-        elif self.running is None:
-            self.running = self._merged([(begun, range(len(new)))])
-        else:
-            self.running = self._merged([(self.running, range(len(self.running.rows))), (begun, range(len(new)))])
 
     def _begin(self, rows: list[int]) -> _Running:
         source = self.fetch(rows)
@@ -170,12 +169,10 @@ class Decoder:
         limit_R = torch.full((len(rows),), self.search.max_length, device=logits_RV.device)
         if self.search.limits is not None:
             limit_R = torch.minimum(limit_R, self.search.limits(source.mask_RS.sum(dim=1)))
-        before_RC = source.prefix_RP[:, :0]
-        if self.search.constraints:
-            before_RC = source.before
         beams = Beams.begin(
             forced_RP, limit_R, self.search.num_outputs, source.num_forced + 1,
-            rows_R=torch.tensor(rows, device=logits_RV.device), before_RC=before_RC,
+            rows_R=torch.tensor(rows, device=logits_RV.device),
+            before_RC=source.before if self.search.constraints else source.prefix_RP[:, :0],
         )  # fmt: skip
         parents_RN = self._advance(beams, logits_RV.unsqueeze(1).expand(-1, self.search.num_outputs, -1))
         return _Running(rows, tree, beams, parents_RN, source.num_forced)

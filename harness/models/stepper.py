@@ -49,7 +49,7 @@ class Stepper:
         was_training, attention = self.model.training, self.base.config._attn_implementation
         self.model.eval()
         if attention not in MASKABLE:
-            self.base.set_attn_implementation("sdpa")
+            self.base.set_attn_implementation("sdpa" if self.base._supports_sdpa else "eager")
         try:
             with torch.no_grad():
                 yield
@@ -155,11 +155,14 @@ class Stepper:
         else:
             module, name = decoder.block[0].layer[0].SelfAttention, "compute_bias"
         replaced = _relative_bias if name == "compute_bias" else _embedded
+        own = vars(module).get(name)  # another library's hook
         setattr(module, name, lambda *args, **kwargs: replaced(module, tree))
         try:
             yield
         finally:
             delattr(module, name)
+            if own is not None:
+                setattr(module, name, own)
 
 
 def _embedded(module: Any, tree: Tree) -> Tensor:
