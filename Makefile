@@ -1,7 +1,8 @@
 # make setup   the virtual environment .venv with the `harness` command
 # make demo    fine-tune a small pretrained base on real pairs and print scores and translations
 # make demo-llm   QLoRA on a small chat model, its answers before and after, the adapter and a merged model
-# make test    every test;  make quick: only those without processes
+# make test    every test; those of clusters need root, Linux and Debian's packages, and say so where they are skipped
+# make quick   only the tests without processes
 # make lint    formatting, lint and types
 # make bench   the measurements of benchmarks/
 PYTHON ?= python3
@@ -33,11 +34,13 @@ quick: setup
 
 test: quick
 	$(BIN)/pytest -m "slow and not cluster"
+	$(BIN)/pytest -m cluster
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run launch/*.sh slurm/*.sbatch tests/cluster/*.sh
 
 format: setup
 	$(BIN)/ruff check --fix .

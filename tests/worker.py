@@ -9,6 +9,7 @@ import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -31,13 +32,13 @@ def main(store_path: str, rank: int, world_size: int, run_files: list[str]) -> N
         run_dir = Path(plan.run_dir)
         processes = replace(meeting, store=dist.PrefixStore(plan.config.name, store))
 
-        def prepare_run() -> dict[str, str]:
+        def prepare_run() -> dict[str, Any]:
             with opened_run_directory(plan):  # noqa: B023 - called within this turn of the loop
                 return prepare(plan.config, run_dir)  # noqa: B023
 
-        directories = processes.first_rank_prepares(prepare_run)
+        prepared = processes.first_rank_prepares(prepare_run)
         try:
-            session = open_session(plan, run_dir, directories, processes, StopRequest(run_dir), {})
+            session = open_session(plan, run_dir, prepared, processes, StopRequest(run_dir), {})
             with closing(session.records):
                 train(session)
                 finish(session)

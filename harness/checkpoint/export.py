@@ -13,6 +13,7 @@ import torch
 from harness.checkpoint.state import CheckpointTensors
 from harness.checkpoint.store import Checkpoint
 from harness.errors import DataError
+from harness.io import heartbeat
 from harness.io.atomic import fsync_directory
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -27,6 +28,7 @@ def overwrite_parameters(model: torch.nn.Module, checkpoint: Checkpoint) -> None
         raise DataError(what, where=str(checkpoint.directory))
     with torch.no_grad():
         for name, parameter in parameters.items():
+            heartbeat.beat("save")
             parameter.copy_(tensors.whole(name))
 
 
@@ -49,6 +51,7 @@ def export(
     temporary = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     write(temporary)
+    heartbeat.beat("save")
     tokenizer.save_pretrained(temporary)
     for weights in temporary.glob("*.safetensors"):  # written readable by their owner alone
         weights.chmod((temporary / TOKENIZER_CONFIG).stat().st_mode)

@@ -30,6 +30,7 @@ from harness.engine.fragments import MASTER, Holder
 from harness.engine.moments import moment_sizes, read_moments, set_num_updates, write_moment
 from harness.engine.processes import Processes
 from harness.errors import DataError, HarnessError, ResourceError
+from harness.io import heartbeat
 from harness.io.atomic import read_json, write_json
 from harness.io.faults import fault_point
 
@@ -90,6 +91,7 @@ def load(checkpoint: Checkpoint, engine: Any, *, thawed: Collection[str] = ()) -
     _check_model(tensors, engine, thawed)
     optimizer = fragments.base_optimizer(engine)
     for holder in fragments.holders(engine):
+        heartbeat.beat("load")
         with holder.resident(True):
             _load_holder(holder, tensors, optimizer)
     fragments.publish_masters(engine)
@@ -227,6 +229,7 @@ def _write_rank(directory: Path, holders: list[Holder], engine: Any, rank: int) 
         file = directory / f"rank-{rank:05d}-{number:04d}.safetensors"
         tensors: dict[str, Tensor] = {}
         for holder in batch:
+            heartbeat.beat("save")
             with holder.resident(False):
                 _collect(holder, optimizer, file.name, tensors, index)
         save_file(tensors, file)

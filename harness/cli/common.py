@@ -78,3 +78,9 @@ def existing_run_directory(path: Path) -> Path:
     if not (path / "plan.json").is_file():
         raise ConfigError("not a run directory: it has no plan.json", where=str(path))
     return path
+
+
+def rank_of(path: Path) -> int:
+    """The number of `rank-12.log`, `rank-12.json`, `rank-12.stack`; -1 for any other name."""
+    number = path.stem.removeprefix("rank-")
+    return int(number) if number.isdecimal() else -1

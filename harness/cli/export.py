@@ -46,10 +46,12 @@ def run(args: argparse.Namespace) -> int:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         config = with_prepared_labels(config, run_dir)
-        export_checkpoint(checkpoint, config, build_task(config), out, merge=args.merge)
+        comparison = export_checkpoint(checkpoint, config, build_task(config), out, merge=args.merge)
     except OSError as error:
         kind = ResourceError if error.errno == errno.ENOSPC else ConfigError
         raise kind(f"cannot be written: {error.strerror}", where=str(args.out)) from error
+    if comparison:
+        print(comparison)
     size = sum(path.stat().st_size for path in out.iterdir())
     print(
         f"step {checkpoint.step:,} of {run_dir} as {config.model.dtype} in {args.out}: {size / 1e6:,.1f} MB, verified"

@@ -15,6 +15,8 @@ from harness.errors import ExitCode, HarnessError
 # Verb -> the line of `harness --help`; the verb's module is harness/cli/<verb>.py.
 VERBS: dict[str, str] = {
     "train": "plan, launch, train, evaluate and export; the same command resumes",
+    "submit": "submit the run as a job of Slurm, which saves before its time limit and goes on by itself",
+    "rehearse": "prove a Slurm job before it queues: checks, a probe of the nodes, a small run that is interrupted",
     "check": "validate a run file, its model and its data; show one example row; train nothing",
     "plan": "batch arithmetic, memory per rank, DeepSpeed JSON, recommended stage",
     "schema": "JSON Schema of the run file, for completion in editors",
@@ -23,6 +25,8 @@ VERBS: dict[str, str] = {
     "predict": "classify the lines of standard input or the rows of a file",
     "export": "write a run's model as a Hugging Face directory",
     "status": "what a run is doing",
+    "logs": "the first error among all ranks of a run, or the log of one",
+    "compare": "what runs differ in, and their scores side by side",
     "stop": "ask a run to save and stop",
     "tokenizer": "train a sentencepiece model on your own text",
     "doctor": "versions, accelerator, compilers, network, a small all-reduce",

@@ -4,34 +4,48 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import time
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from harness.cli.common import add_run_directory, existing_run_directory
 
-HELP = "Show the step, loss, scores and remaining time of a run, and whether it is alive."
+HELP = (
+    "Show whether a run is alive, its Slurm job, step, loss, scores, next checkpoint and remaining time, the last\n"
+    "sign of life of its ranks, and its restarts."
+)
 EXAMPLE = "harness status runs/enro"
 
 Record = dict[str, Any]
 _STEPS_FOR_SPEED = 100
-_SHOWN = ("loss", "nll", "learning_rate", "grad_norm")
+_MOST_RANKS_SHOWN = 8
 _BOOKKEEPING = ("event", "step", "time_s", "set", "signature", "sentences", "decode_seconds")
 
 
 @dataclass(frozen=True)
 class Status:
-    """A run at this moment; ``remaining_s`` is None when the end or the speed is not known."""
+    """A run at this moment; times in seconds, None where the end or the speed is not known.
+
+    `pulses`: the last sign of life of each rank that works now, the oldest first; `starts`: how often the run has been
+    started, `last_end`: how the last start that is over ended.
+    """
 
     state: str
+    job: str | None = None
     step: int = 0
     steps: int | None = None
     last_step: Record | None = None
     evaluations: list[Record] = field(default_factory=list)
     checkpoint_step: int | None = None
+    next_checkpoint_step: int | None = None
+    next_checkpoint_s: float | None = None
     remaining_s: float | None = None
+    pulses: list[Record] = field(default_factory=list)
+    starts: int = 0
+    last_end: Record | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,16 +62,19 @@ def run(args: argparse.Namespace) -> int:
 def read_status(run_dir: Path) -> Status:
     """The state of the run in ``run_dir``. Raises DataError if its plan cannot be read."""
     from harness.io.atomic import read_json
+    from harness.launch.restarts import read_launches
     from harness.launch.run_directory import owner
+    from harness.training.metrics_file import read_metrics
 
-    steps = read_json(run_dir / "plan.json").get("config", {}).get("schedule", {}).get("steps")
+    config = read_json(run_dir / "plan.json").get("config", {})
+    steps = config.get("schedule", {}).get("steps")
     recent: deque[Record] = deque(maxlen=_STEPS_FOR_SPEED)
     evaluations: list[Record] = []
     checkpoint: int | None = None
     ended: Record = {}
-    for record in read_records(run_dir / "metrics.jsonl"):
+    for record in read_metrics(run_dir / "metrics.jsonl"):
         event = record.get("event")
-        if event == "start":
+        if event in ("start", "restart"):
             recent.clear()
             ended = {}
         elif event == "step":
@@ -71,35 +88,33 @@ def read_status(run_dir: Path) -> Status:
     last = recent[-1] if recent else None
     step = last["step"] if last else max(checkpoint or 0, ended.get("step", 0))
     working = owner(run_dir)
+    seconds = _seconds_per_step(recent) if working else None
+    next_checkpoint = _next_checkpoint(step, steps, config) if working else None
+    launches = read_launches(run_dir)
+    ends = [record for record in launches if record.get("event") == "end"]
     return Status(
         state=_state(run_dir, working, ended),
+        job=_job(run_dir),
         step=step,
         steps=steps,
         last_step=last,
         evaluations=evaluations,
         checkpoint_step=checkpoint,
-        remaining_s=_remaining_s(recent, steps) if working else None,
+        next_checkpoint_step=next_checkpoint,
+        next_checkpoint_s=None if next_checkpoint is None or seconds is None else seconds * (next_checkpoint - step),
+        remaining_s=None if steps is None or seconds is None else seconds * max(0, steps - step),
+        pulses=_pulses(run_dir) if working else [],
+        starts=sum(record.get("event") == "start" for record in launches),
+        last_end=ends[-1] if ends else None,
     )
-
-
-def read_records(path: Path) -> Iterable[Record]:
-    """The records of metrics.jsonl; a line that a crash cut short is passed over."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                yield record
 
 
 def describe(run_dir: Path, status: Status) -> str:
     """The text of ``harness status``."""
     of_steps = f" of {status.steps:,} ({status.step / status.steps:.0%})" if status.steps else ""
-    lines = [f"run         {run_dir}", f"state       {status.state}", f"step        {status.step:,}{of_steps}"]
+    lines = [f"run         {run_dir}", f"state       {status.state}"]
+    lines += [f"job         {status.job}"] if status.job else []
+    lines.append(f"step        {status.step:,}{of_steps}")
     if status.last_step:
         record = status.last_step
         shown = [
@@ -112,6 +127,13 @@ def describe(run_dir: Path, status: Status) -> str:
         lines.append(f"remaining   about {_shown_time(status.remaining_s)}")
     if status.checkpoint_step is not None:
         lines.append(f"checkpoint  step {status.checkpoint_step:,}")
+    if status.next_checkpoint_step is not None:
+        when = "" if status.next_checkpoint_s is None else f", in about {_shown_time(status.next_checkpoint_s)}"
+        lines.append(f"next        checkpoint at step {status.next_checkpoint_step:,}{when}")
+    lines += _shown_pulses(status.pulses)
+    if status.starts > 1 or status.last_end:
+        end = status.last_end or {}
+        lines.append(f"starts      {status.starts}; the last end: {end.get('reason', 'not recorded')}")
     lines += [f"scores      step {record['step']:,}, {_shown_scores(record)}" for record in status.evaluations]
     return "\n".join(lines)
 
@@ -126,12 +148,66 @@ def _state(run_dir: Path, working: str | None, ended: Record) -> str:
     return "not running: start it again with the same command"
 
 
-def _remaining_s(recent: deque[Record], steps: int | None) -> float | None:
-    if steps is None or len(recent) < 2:
+def _job(run_dir: Path) -> str | None:
+    """What Slurm says of the newest job of the run, None if there is none or no Slurm here."""
+    from harness.errors import HarnessError
+    from harness.launch import scheduler
+    from harness.launch.submission import submitted_jobs
+
+    numbers = [record["job_id"] for record in submitted_jobs(run_dir) if record["kind"] == "training"]
+    if not numbers or shutil.which("scontrol") is None:
+        return None
+    try:
+        jobs = scheduler.find_jobs(numbers[-1])
+    except HarnessError as error:
+        return f"{numbers[-1]}: {error.what}"
+    if not jobs:
+        return f"{numbers[-1]} is over: Slurm no longer knows it"
+    job = jobs[-1]
+    text = f"{job.job_id} is {job.state}" + (f" ({job.reason})" if job.reason != "None" else "")
+    text += f" on {job.nodes}" if job.nodes else ""
+    text += f", requeued {job.restarts} times" if job.restarts else ""
+    if job.state == "RUNNING" and job.end_time is not None:
+        text += f", time limit in {_shown_time(max(0.0, job.end_time - time.time()))}"
+    return text
+
+
+def _seconds_per_step(recent: deque[Record]) -> float | None:
+    if len(recent) < 2:
         return None
     done = recent[-1]["step"] - recent[0]["step"]
-    seconds = recent[-1]["time_s"] - recent[0]["time_s"]
-    return max(0, steps - recent[-1]["step"]) * seconds / done if done > 0 else None
+    return (recent[-1]["time_s"] - recent[0]["time_s"]) / done if done > 0 else None
+
+
+def _next_checkpoint(step: int, steps: int | None, config: Record) -> int | None:
+    """The step of the next planned save: the next multiple of `checkpoint.every_steps`, at the latest the last step."""
+    every = config.get("checkpoint", {}).get("every_steps")
+    planned = (step // every + 1) * every if every else None
+    return min((number for number in (planned, steps) if number is not None and number > step), default=None)
+
+
+def _pulses(run_dir: Path) -> list[Record]:
+    """`rank`, `host`, `phase`, `step` and `age_s` of each rank's last sign of life, the oldest first."""
+    from harness.io.atomic import read_json
+
+    path = run_dir / "pulses.json"
+    if not path.is_file():
+        return []
+    content = read_json(path)
+    passed = max(0.0, time.time() - content["time"])
+    ranks = [{"rank": int(rank), **pulse, "age_s": pulse["age_s"] + passed} for rank, pulse in content["ranks"].items()]
+    return sorted(ranks, key=lambda pulse: -pulse["age_s"])
+
+
+def _shown_pulses(pulses: list[Record]) -> list[str]:
+    lines = [
+        f"rank {pulse['rank']:<6} alive {_shown_time(pulse['age_s'])} ago on {pulse['host']}: {pulse['phase']}"
+        + (f" after step {pulse['step']:,}" if pulse["step"] else "")
+        for pulse in pulses[:_MOST_RANKS_SHOWN]
+    ]
+    if len(pulses) > _MOST_RANKS_SHOWN:
+        lines.append(f"            and {len(pulses) - _MOST_RANKS_SHOWN} ranks with a newer sign of life")
+    return lines
 
 
 def _shown_scores(record: Record) -> str:

@@ -15,20 +15,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import sys
+    from functools import partial
 
-    from harness.launch.environment import local_ranks
+    from harness.launch.backends import start_ranks
+    from harness.launch.restarts import run_attempts
     from harness.launch.run_directory import completed, opened_run_directory, plan_run
-    from harness.launch.supervisor import supervise
 
     plan = plan_run(args.run_file, args.overrides)
     if result := completed(plan):
         print(result)
         return 0
+    if plan.config.launch.backend == "slurm":
+        from harness.launch.slurm import run_in_job
+
+        return run_in_job(plan).report()
     with opened_run_directory(plan) as run_dir:
-        return supervise(
-            [sys.executable, "-m", "harness.training.rank", str(run_dir)],
-            local_ranks(plan.world_size),
-            run_dir=run_dir,
-            stop_grace_s=plan.config.launch.stop_grace_s,
-        )
+        return run_attempts(
+            partial(start_ranks, plan.config, run_dir),
+            run_dir,
+            max_restarts=plan.config.launch.max_restarts,
+            origin={"backend": plan.config.launch.backend},
+        ).report()

@@ -11,7 +11,7 @@ from harness.config.schema import RunConfig
 
 # Everything else decides the trajectory of the weights. A name stands for its whole section.
 MAY_CHANGE = (
-    "name", "output_dir", "evaluation", "early_stopping", "checkpoint", "monitor", "launch", "deepspeed",
+    "name", "output_dir", "evaluation", "early_stopping", "checkpoint", "monitor", "launch", "slurm", "deepspeed",
     "batch.max_tokens_per_device", "model.gradient_checkpointing",
 )  # fmt: skip
 
@@ -32,10 +32,10 @@ def forbidden_changes(old: Mapping[str, Any], new: RunConfig) -> list[Change]:
     try:
         before = RunConfig.model_validate(old)
     except ValidationError:  # of another version of harness: compared as it stands
-        old_values, watched = dict(_leaves(old)), None
+        old_values, watched = dict(leaves(old)), None
     else:
-        old_values, watched = dict(_leaves(before.model_dump(mode="json"))), before.watched_metric
-    new_values = dict(_leaves(new.model_dump(mode="json")))
+        old_values, watched = dict(leaves(before.model_dump(mode="json"))), before.watched_metric
+    new_values = dict(leaves(new.model_dump(mode="json")))
     keys = [key for key in {**new_values, **old_values} if not _may_change(key)]
     changes = [Change(key, old_values.get(key), new_values.get(key)) for key in keys]
     if watched and new.watched_metric:
@@ -48,14 +48,14 @@ def _may_change(key: str) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
 
 
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of everything that is not a section or a list of sections."""
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if _has_sections(value) else None
     if items is None:
         yield key, value
         return
     for name, inner in items:
-        yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+        yield from leaves(inner, f"{key}.{name}" if key else str(name))
 
 
 def _has_sections(value: Any) -> bool:

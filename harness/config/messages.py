@@ -9,6 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from harness.config.launch_schema import PATTERNS
 from harness.config.nearest import did_you_mean, nearest
 from harness.config.schema import RunConfig
 
@@ -124,7 +125,8 @@ def _complaint(details: ErrorDetails, key: KeyPath) -> str:
     if kind == "invalid_key":
         return "a key must be text (put it in quotes)"
     if kind == "string_pattern_mismatch":
-        return "must start with a letter or digit and hold only letters, digits, '.', '_' and '-'"
+        name = "must start with a letter or digit and hold only letters, digits, '.', '_' and '-'"
+        return PATTERNS.get(details["ctx"]["pattern"], name)
     if kind == "string_type" and isinstance(value, bool | int | float):
         return "must be text (put it in quotes)"
     text = details["msg"].replace("Input should be", "must be").replace("a valid string", "text")

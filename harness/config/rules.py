@@ -15,6 +15,7 @@ from harness.config.deepspeed import (
     offload_device,
     zero_stage,
 )
+from harness.config.launch_rules import launch_problems
 from harness.config.model_rules import model_problems
 from harness.config.schema import DataSource, RunConfig
 from harness.config.task_rules import decodes, task_problems
@@ -38,6 +39,7 @@ def contradictions(config: RunConfig, accelerator: Accelerator) -> list[Problem]
         *_early_stopping(config),
         *task_problems(config),
         *model_problems(config, accelerator),
+        *launch_problems(config),
         *deepspeed,
     ]
     if not deepspeed:

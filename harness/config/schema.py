@@ -5,7 +5,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
+
+from harness.config.launch_schema import LaunchConfig, SlurmConfig
+from harness.config.section import Section
 
 DType = Literal["float32", "bfloat16", "float16"]
 DecodedMetric = Literal["bleu", "chrf", "ter"]
@@ -15,12 +18,6 @@ PresetName = Literal["hf", "fairseq", "gnmt", "marian", "opennmt", "ctranslate2"
 RunName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Task = Literal["translation", "causal_lm", "classification"]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class Section(BaseModel):
-    """A part of the run file: immutable, no unknown keys, no silent type conversion."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class QuantizationConfig(Section):
@@ -255,17 +252,6 @@ class MonitorConfig(Section):
     log_every_steps: int = Field(10, gt=0, description="Steps between log lines; metrics.jsonl has every step.")
 
 
-class LaunchConfig(Section):
-    processes: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
-        "auto", description="Ranks on this machine; auto: one per accelerator."
-    )
-    backend: Literal["local"] = Field("local", description="Where the ranks are started.")
-    collective_timeout_s: float = Field(600.0, gt=0.0, description="Longest wait of one rank for another.")
-    stop_grace_s: float = Field(
-        300.0, gt=0.0, description="Time to save after a stop signal; then the ranks are killed."
-    )
-
-
 class RunConfig(Section):
     name: RunName = Field(description="The run directory is <output_dir>/<name>.")
     output_dir: str = Field("runs", description="Parent of the run directory.")
@@ -290,6 +276,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Saving.")
     monitor: MonitorConfig = Field(default_factory=MonitorConfig, description="Records.")
     launch: LaunchConfig = Field(default_factory=LaunchConfig, description="Processes.")
+    slurm: SlurmConfig | None = Field(None, description="The batch job of `harness submit`.")
 
     @model_validator(mode="before")
     @classmethod

@@ -15,6 +15,7 @@ from torch import Tensor
 from harness.decoding.beams import NOTHING, Beams
 from harness.decoding.constraints import Constraints
 from harness.decoding.search import Rule
+from harness.io import heartbeat
 from harness.models.stepper import Stepper
 from harness.models.tree import Tree
 
@@ -100,6 +101,7 @@ class Decoder:
     def _decode(self) -> bool:
         turn = 0
         while True:
+            heartbeat.beat("evaluation")
             self._collect(turn)
             new = self._next_rows()
             is_busy = bool(new or self.running)

@@ -13,6 +13,7 @@ from harness.data.batches import cut_step
 from harness.data.encoded import EncodedRows
 from harness.decoding.beam import deal
 from harness.engine.processes import Processes
+from harness.io import heartbeat
 from harness.tasks.task import Batch, Task
 
 
@@ -31,6 +32,7 @@ def forward_rows(
     was_training = model.training
     model.eval()
     for turn in deal([batch.tolist() for (batch,) in batches], processes.rank, processes.world_size):
+        heartbeat.beat("evaluation")
         ids = turn.rows if turn.counts else []
         batch = task.collate(rows.take(ids), processes.device)
         yield ids, batch, model(**batch.inputs).logits

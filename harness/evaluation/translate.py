@@ -40,10 +40,13 @@ class Translator:
     def __call__(self, lines: Sequence[str]) -> list[Translated]:
         """The outputs of each line, in order; raises DataError if a language is missing or unknown."""
         data = self.task.data
-        rows = [Row("", line, "", data.source_language, data.target_language) for line in lines]
+        return self.of_rows([Row("", line, "", data.source_language, data.target_language) for line in lines])
+
+    def of_rows(self, rows: Sequence[Row]) -> list[Translated]:
+        """The outputs of each row in its own languages, in order."""
         encoded = self.task.encode(rows)
         results = [Translated([], one.truncated) for one in encoded]
-        filled = [index for index, line in enumerate(lines) if line.strip()]
+        filled = [index for index, row in enumerate(rows) if row.source.strip()]
         sizes = [len(encoded[index].input_ids) for index in filled]
 
         def collate(places: list[int]) -> dict[str, Any]:

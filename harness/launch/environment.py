@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from harness.config.launch_schema import LaunchConfig
 from harness.errors import ConfigError
 
 STORE_VARIABLE = "HARNESS_STORE"
 DEFAULT_PORT = 29500  # torchrun's and DeepSpeed's default
+_CACHES = {
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TORCH_EXTENSIONS_DIR": "torch_extensions",
+}
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0  # Slurm numbers its batch, extern and interactive steps from the top
 
@@ -70,6 +76,25 @@ _SLURM = _Names(
 def local_ranks(num_processes: int) -> list[RankEnvironment]:
     """The ranks of a run on this machine alone."""
     return [RankEnvironment(rank, rank, num_processes, num_processes) for rank in range(num_processes)]
+
+
+def configured_variables(launch: LaunchConfig, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables that `launch` asks for in every rank of this machine; `launch.environment` has the last word."""
+    variables: dict[str, str] = {}
+    if launch.interface is not None:
+        variables |= {"NCCL_SOCKET_IFNAME": launch.interface, "GLOO_SOCKET_IFNAME": launch.interface}
+    if launch.node_local_dir is not None:
+        directory = os.path.expandvars(os.path.expanduser(launch.node_local_dir))  # noqa: PTH111 - of this machine
+        variables |= {name: f"{directory}/{cache}" for name, cache in _CACHES.items()}
+        if environ.get("TORCH_EXTENSIONS_DIR"):
+            del variables["TORCH_EXTENSIONS_DIR"]  # the user's own: extensions may be built there already
+    return variables | launch.environment
+
+
+def share_of_cores(cores: Sequence[int], place: RankEnvironment) -> Sequence[int]:
+    """This rank's part of the cores that the ranks of its machine may use: neighbours, or one that it shares."""
+    first, end = (len(cores) * number // place.local_world_size for number in (place.local_rank, place.local_rank + 1))
+    return cores[first : max(end, first + 1)]
 
 
 def read_rank_environment(environ: Mapping[str, str] = os.environ) -> RankEnvironment:

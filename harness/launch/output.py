@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -15,22 +16,30 @@ _LONGEST_LINE_BYTES = 1 << 16
 _MOST_WAITING_CHUNKS = 4096
 
 
-class Terminal:
-    """Our standard output and error, written by a thread; what a stopped terminal cannot take is dropped in the end."""
+def _write_whole(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
 
-    def __init__(self) -> None:
+
+class Terminal:
+    """Our standard output and error, written by a thread; what a stopped terminal cannot take is dropped in the end.
+
+    `write_whole(descriptor, data)`: another place to write what is meant for descriptor 1 or 2.
+    """
+
+    def __init__(self, write_whole: Callable[[int, bytes], None] = _write_whole) -> None:
+        self._write_whole = write_whole
         self._waiting: queue.Queue[tuple[int, bytes] | None] = queue.Queue(_MOST_WAITING_CHUNKS)
         self._thread = threading.Thread(target=self._write_all, daemon=True, name="terminal")
         self._thread.start()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes, descriptor: int = 1) -> None:
         with suppress(queue.Full):
-            self._waiting.put_nowait((1, data))
+            self._waiting.put_nowait((descriptor, data))
 
     def say(self, message: str) -> None:
         """A line of the supervisor's own, on standard error."""
-        with suppress(queue.Full):
-            self._waiting.put_nowait((2, f"{message}\n".encode()))
+        self.write(f"{message}\n".encode(), descriptor=2)
 
     def close(self, patience_s: float = 5.0) -> None:
         """Wait until everything is written, or no longer than `patience_s`."""
@@ -40,10 +49,8 @@ class Terminal:
 
     def _write_all(self) -> None:
         while (item := self._waiting.get()) is not None:
-            descriptor, data = item
             with suppress(OSError):  # the reader is gone: the logs have it all
-                while data:
-                    data = data[os.write(descriptor, data) :]
+                self._write_whole(*item)
 
 
 class RankOutput:

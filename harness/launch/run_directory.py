@@ -27,6 +27,7 @@ from harness.config.schema import RunConfig
 from harness.errors import ConfigError, HarnessError, ResourceError
 from harness.io.accelerator import accelerator, num_devices
 from harness.io.atomic import read_json, write_json, write_text
+from harness.launch.backends import nodes_of
 from harness.launch.failures import newest_checkpoint
 from harness.plan.plan import Plan, make_plan
 
@@ -39,10 +40,9 @@ _PACKAGES = (
 
 
 def plan_run(run_file: Path, overrides: Sequence[str], *, world_size: int | None = None) -> Plan:
-    """The checked plan of a run file for `world_size` ranks; default: what the file's `launch.processes` says."""
+    """The checked plan of a run file for `world_size` ranks; default: what the file's `launch` section says."""
     config = load_run_config(run_file, overrides)
-    processes = config.launch.processes
-    return make_plan(config, world_size=world_size or (num_devices() if processes == "auto" else processes))
+    return make_plan(config, world_size=world_size or sum(node.num_ranks for node in nodes_of(config)))
 
 
 def refuse_changes(plan: Plan) -> None:

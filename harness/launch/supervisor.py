@@ -11,26 +11,28 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+from harness.config.launch_schema import LaunchConfig
 from harness.errors import ExitCode
 from harness.launch import failures, guard
-from harness.launch.environment import STORE_VARIABLE, RankEnvironment
+from harness.launch.environment import STORE_VARIABLE, RankEnvironment, configured_variables, share_of_cores
+from harness.launch.failures import Failure, NodeEnd, Outcome
+from harness.launch.link import Link
 from harness.launch.output import RankOutput, Terminal
+from harness.launch.signals import SENT_TO_RANKS, StopRequests, received_signals
+from harness.launch.watch import Watch, write_pulses
 
 TERMINAL_VARIABLE = "HARNESS_TERMINAL"  # set for rank 0 when we write to a terminal: a progress bar is welcome
 _TETHER = Path(__file__).with_name("tether.py")
 _BARE_PYTHON = (sys.executable, "-I", "-S")
-_FORWARDED = {  # a closed terminal is a request to save and stop, too
-    signal.SIGTERM: signal.SIGTERM,
-    signal.SIGINT: signal.SIGINT,
-    signal.SIGUSR2: signal.SIGUSR2,
-    signal.SIGHUP: signal.SIGTERM,
-}
-_SAME_REQUEST_S = 1.0  # `timeout` and batch systems may deliver one request twice
 _DEATH_PATIENCE_S = 30.0  # SIGKILL takes this long only for a process stuck in a driver or a file system
+_STACK_PATIENCE_S = 1.0  # ranks write their stacks within
+_TICK_S = 1.0
+_PULSES_EVERY_S = 5.0
 
 
 def supervise(
@@ -38,34 +40,51 @@ def supervise(
     ranks: Sequence[RankEnvironment],
     *,
     run_dir: Path,
-    stop_grace_s: float = 300.0,
+    launch: LaunchConfig,
     failure_wait_s: float = 2.0,
-) -> ExitCode:
-    """Run `command` once for each of `ranks` on this machine and give the exit code of the whole; say why it ended.
+) -> Outcome:
+    """Run `command` once for each of `ranks` on this machine; tells how that ended, when nothing is left of it.
 
     Ranks without a master address meet in a private file store. Their output goes to `run_dir/logs/rank-N.log`, that
     of rank 0 to the terminal too. The first SIGTERM, SIGINT, SIGUSR2 or SIGHUP is forwarded: ranks save, and are killed
-    after `stop_grace_s`; the same signal again kills them at once. When a rank fails, the others get `failure_wait_s`
-    to fail by themselves and are killed. Whatever happens, even SIGKILL of this process, no descendant of a rank lives
-    on. To be called in the main thread.
+    after `launch.stop_grace_s`; the same signal again kills them at once. When a rank fails, the others get
+    `failure_wait_s` to fail by themselves and are killed; a rank whose heartbeat is too old has failed. Whatever
+    happens, even SIGKILL of this process, no descendant of a rank lives on. To be called in the main thread.
     """
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    failures.clear_error_records(run_dir)
     terminal = Terminal()
     try:
-        with _guarded() as private, _signals() as wakeups:
-            run = _Supervision(terminal, run_dir, stop_grace_s, failure_wait_s)
-            try:
-                run.start(command, ranks, private)
-                run.wait(wakeups)
-            finally:
-                run.end(private.token)
+        end = supervise_node(
+            command, ranks, run_dir=run_dir, terminal=terminal, launch=launch, failure_wait_s=failure_wait_s
+        )
     finally:
         terminal.close()
-    exit_code, message = run.verdict()
-    if message:
-        print(message, file=sys.stderr, flush=True)
-    return exit_code
+    return failures.outcome([end], run_dir, num_ranks=len(ranks))
+
+
+def supervise_node(
+    command: Sequence[str],
+    ranks: Sequence[RankEnvironment],
+    *,
+    run_dir: Path,
+    terminal: Terminal,
+    launch: LaunchConfig,
+    failure_wait_s: float,
+    link: Link | None = None,
+) -> NodeEnd:
+    """`supervise` for a machine that may be one of several: then the driver at the other end of `link` may give orders,
+    and is told at once of the first failure here."""
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    failures.set_aside_records(run_dir, [rank.rank for rank in ranks])
+    with _guarded() as private, received_signals() as wakeups:
+        node = _Supervision(terminal, run_dir, launch, failure_wait_s, Watch(private.directory, launch), link)
+        try:
+            node.start(command, ranks, private)
+            node.wait(wakeups)
+        finally:
+            node.end(private.token)
+        with suppress(BlockingIOError):
+            node.on_signals(os.read(wakeups, 4096))  # a request that came meanwhile: no restart
+    return node.result()
 
 
 @dataclass(frozen=True)
@@ -85,21 +104,33 @@ class _Rank:
 
 
 class _Supervision:
-    def __init__(self, terminal: Terminal, run_dir: Path, stop_grace_s: float, failure_wait_s: float) -> None:
-        self.terminal, self.run_dir = terminal, run_dir
-        self.stop_grace_s, self.failure_wait_s = stop_grace_s, failure_wait_s
+    def __init__(
+        self,
+        terminal: Terminal,
+        run_dir: Path,
+        launch: LaunchConfig,
+        failure_wait_s: float,
+        watch: Watch,
+        link: Link | None,
+    ) -> None:
+        self.terminal, self.run_dir, self.watch, self.link = terminal, run_dir, watch, link
+        self.launch, self.failure_wait_s = launch, failure_wait_s
         self.ranks: list[_Rank] = []
-        self.requested: signal.Signals | None = None
-        self.requested_at = 0.0
-        self.is_save_cut_short = False
+        self.requests = StopRequests(may_insist=link is None)
+        self.late: Failure | None = None  # of the rank whose heartbeat is too old
+        self.late_rank = -1
+        self.wants_stacks = True  # before ranks are killed
         self.is_killing = False
+        self.pulses_due = 0.0
         self.deadline = float("inf")  # monotonic; then the ranks that still run are killed
 
     def start(self, command: Sequence[str], ranks: Sequence[RankEnvironment], private: _Private) -> None:
+        cores = sorted(os.sched_getaffinity(0))
         for rank in ranks:
+            own_cores = ",".join(map(str, share_of_cores(cores, rank))) if self.launch.bind_cores else ""
             process = subprocess.Popen(
-                [*_BARE_PYTHON, str(_TETHER), str(os.getpid()), *command],
-                env=_rank_variables(rank, private),
+                [*_BARE_PYTHON, str(_TETHER), str(os.getpid()), own_cores, *command],
+                env=_rank_variables(rank, self.launch, private) | self.watch.begin(rank.rank),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -113,40 +144,83 @@ class _Supervision:
     def wait(self, wakeups: int) -> None:
         """Until every rank has ended, or those that were killed do not die."""
         with selectors.DefaultSelector() as selector:
-            selector.register(wakeups, selectors.EVENT_READ)
+            selector.register(wakeups, selectors.EVENT_READ, lambda: self.on_signals(os.read(wakeups, 4096)))
+            if self.link is not None:
+                selector.register(self.link, selectors.EVENT_READ, lambda: self.on_orders(selector))
             for rank in self.ranks:
-                selector.register(rank.output, selectors.EVENT_READ, rank.output)
+                selector.register(rank.output, selectors.EVENT_READ, partial(self.copy, rank.output, selector))
+            next_tick = time.monotonic()
             while running := self.running():
-                timeout = None if self.deadline == float("inf") else max(0.0, self.deadline - time.monotonic())
-                for key, _ in selector.select(timeout):
-                    if key.data is None:
-                        for number in os.read(wakeups, 4096):
-                            self.on_signal(signal.Signals(number))
-                    elif not key.data.copy():
-                        selector.unregister(key.fileobj)
+                timeout = min(self.deadline, next_tick) - time.monotonic()
+                for key, _ in selector.select(max(0.0, timeout)):
+                    key.data()
                 for rank in running:
                     self.reap(rank)
+                if time.monotonic() >= next_tick:
+                    next_tick = time.monotonic() + _TICK_S
+                    self.on_tick()
                 if time.monotonic() >= self.deadline:
                     if self.is_killing:
                         return
-                    self.kill()
+                    if self.wants_stacks and self.ask_for_stacks():
+                        self.deadline = time.monotonic() + _STACK_PATIENCE_S
+                    else:
+                        self.kill()
+
+    def copy(self, output: RankOutput, selector: selectors.BaseSelector) -> None:
+        if not output.copy():
+            selector.unregister(output)
 
     def running(self) -> list[_Rank]:
         return [rank for rank in self.ranks if rank.end is None]
 
-    def on_signal(self, number: signal.Signals) -> None:
-        if number not in _FORWARDED:
-            return
-        if self.requested is None:
-            self.requested, self.requested_at = number, time.monotonic()
-            self.terminal.say(
-                f"harness: {number.name}: saving a checkpoint, then stopping; once more: stopping at once"
-            )
-            for rank in self.running():
-                rank.process.send_signal(_FORWARDED[number])
-            self.end_within(self.stop_grace_s)
-        elif number is self.requested and time.monotonic() - self.requested_at > _SAME_REQUEST_S:
-            self.end_within(0.0)
+    def on_tick(self) -> None:
+        self.watch.look(rank.number for rank in self.running())
+        late = self.watch.late()
+        if late and self.late is None and not self.is_killing:
+            self.on_late(*late)
+        if self.link is not None:
+            self.link.pulses = self.watch.shown()
+            if self.link.is_lost:
+                self.end_at_once()
+        elif time.monotonic() >= self.pulses_due:
+            self.pulses_due = time.monotonic() + _PULSES_EVERY_S
+            write_pulses(self.run_dir, self.watch.shown())
+
+    def on_late(self, rank: int, what: str) -> None:
+        self.late_rank = rank
+        self.late = Failure(ExitCode.OTHER, what, time.time(), is_restartable=True)
+        if self.link is not None:
+            self.link.failure(self.late)
+        else:
+            self.terminal.say(f"harness: {what}; the ranks are being stopped")
+        self.end_within(0.0)
+
+    def on_signals(self, numbers: bytes) -> None:
+        for number in map(signal.Signals, numbers):
+            answer = self.requests.answer_to(number)
+            if answer == "kill":
+                self.end_at_once()
+            elif answer == "stop":
+                once_more = "; once more: stopping at once" if self.link is None else ""
+                self.terminal.say(f"harness: {number.name}: saving a checkpoint, then stopping{once_more}")
+                self.stop_ranks(number)
+
+    def on_orders(self, selector: selectors.BaseSelector) -> None:
+        assert self.link is not None
+        for order in self.link.orders():
+            if order.kind == "kill":
+                self.end_within(0.0)
+            elif order.kind == "stop" and self.requests.answer_to(order.signal) == "stop":
+                self.stop_ranks(order.signal)
+        if self.link.is_lost:
+            selector.unregister(self.link)
+            self.end_at_once()
+
+    def stop_ranks(self, number: signal.Signals) -> None:
+        for rank in self.running():
+            rank.process.send_signal(SENT_TO_RANKS[number])
+        self.end_within(self.launch.stop_grace_s)
 
     def reap(self, rank: _Rank) -> None:
         status = rank.process.poll()
@@ -156,18 +230,41 @@ class _Supervision:
         if self.is_killing or status == ExitCode.DONE:
             return
         if status == ExitCode.INTERRUPTED:
-            self.end_within(self.stop_grace_s)
+            self.end_within(self.launch.stop_grace_s)
+            return
+        if self.link is not None:
+            self.link.failure(self.result().failure)
         elif self.running():
             self.terminal.say(f"harness: {failures.describe_end(rank.end)}; the other ranks are being stopped")
-            self.end_within(self.failure_wait_s)
+        self.end_within(self.failure_wait_s)
 
     def end_within(self, seconds: float) -> None:
         self.deadline = min(self.deadline, time.monotonic() + seconds)
 
+    def end_at_once(self) -> None:
+        self.wants_stacks = False
+        self.end_within(0.0)
+
+    def ask_for_stacks(self) -> bool:
+        """Have the ranks that still run, stopped ones too, write where they are; False if none of them can."""
+        self.wants_stacks = False
+        asked = [rank for rank in self.running() if self.watch.answers(rank.number)]
+        for rank in asked:
+            rank.process.send_signal(signal.SIGQUIT)  # before it goes on
+            rank.process.send_signal(signal.SIGCONT)
+        return bool(asked)
+
+    def keep_stacks(self) -> None:
+        stacks = {rank.number: self.watch.stack(rank.number) for rank in self.running()}
+        failures.write_stacks(self.run_dir, stacks)
+        if self.late is not None and stacks.get(self.late_rank):
+            where = f"rank {self.late_rank} was here:\n{failures.main_stack(stacks[self.late_rank])}"
+            self.late = replace(self.late, details=where)
+
     def kill(self) -> None:
         self.is_killing = True
-        self.is_save_cut_short = self.requested is not None
         self.deadline = time.monotonic() + _DEATH_PATIENCE_S
+        self.keep_stacks()
         for rank in self.running():
             os.killpg(rank.process.pid, signal.SIGKILL)
 
@@ -179,31 +276,21 @@ class _Supervision:
         if stuck:
             self.terminal.say(f"harness: these processes do not die (driver or file system stuck): {stuck}")
 
-    def verdict(self) -> tuple[ExitCode, str]:
-        """(exit code, message for the user); the first failure decides."""
+    def result(self) -> NodeEnd:
         ends = [rank.end for rank in self.ranks if rank.end is not None]
-        first = failures.first_failure(ends, self.run_dir, requested=self._forwarded())
-        details, next_step = "", ""
-        if first is not None:
-            exit_code, what, details = first.exit_code, first.what, first.details
-            next_step = "the other ranks were stopped; " if len(self.ranks) > 1 else ""
-        elif self.is_killing:
-            why = "stopped before the save was done" if self.is_save_cut_short else "some ranks did not end"
-            exit_code, what = ExitCode.OTHER, why
-        elif any(end.status == ExitCode.INTERRUPTED for end in ends):
-            exit_code, what = ExitCode.INTERRUPTED, "stopped on request, saved"
-        else:
-            return ExitCode.DONE, ""
-        kind = "harness" if exit_code is ExitCode.INTERRUPTED else "error"
-        next_step += failures.advice(self.run_dir, exit_code)
-        return exit_code, "\n".join([*filter(None, [details]), f"{kind}: {what}", f"  -> {next_step}"])
-
-    def _forwarded(self) -> signal.Signals | None:
-        return None if self.requested is None else _FORWARDED[self.requested]
+        is_well = not self.running() and all(end.status in (ExitCode.DONE, ExitCode.INTERRUPTED) for end in ends)
+        late = None if is_well else self.late  # a stopped rank that was woken for its stack may have gone on to its end
+        return NodeEnd(
+            failure=failures.first_failure(ends, self.run_dir, requested=self.requests.sent_to_ranks, late=late),
+            is_interrupted=any(end.status == ExitCode.INTERRUPTED for end in ends),
+            is_killed=self.is_killing,
+            is_requested=self.requests.first is not None,
+        )
 
 
-def _rank_variables(rank: RankEnvironment, private: _Private) -> dict[str, str]:
+def _rank_variables(rank: RankEnvironment, launch: LaunchConfig, private: _Private) -> dict[str, str]:
     variables = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")}
+    variables |= configured_variables(launch)
     threads = max(1, len(os.sched_getaffinity(0)) // rank.local_world_size)
     variables.setdefault("OMP_NUM_THREADS", str(threads))
     if rank.master_address is None:
@@ -232,23 +319,3 @@ def _guarded() -> Iterator[_Private]:
     finally:
         watcher.stdin.close()
         watcher.wait()
-
-
-@contextmanager
-def _signals() -> Iterator[int]:
-    """A descriptor that gives each stop signal and SIGCHLD as a byte; signals ignored so far stay ignored."""
-    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    previous_wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    previous = {
-        number: signal.signal(number, lambda *_: None)
-        for number in (*_FORWARDED, signal.SIGCHLD)
-        if number is signal.SIGCHLD or signal.getsignal(number) is not signal.SIG_IGN
-    }
-    try:
-        yield reader
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(previous_wakeup)
-        os.close(reader)
-        os.close(writer)

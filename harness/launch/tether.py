@@ -1,4 +1,7 @@
-"""``python tether.py PARENT_PID COMMAND...``: become COMMAND, tied to the parent: when it dies, the kernel kills us.
+"""``python tether.py PARENT_PID CORES COMMAND...``: become COMMAND, tied to the parent.
+
+When the parent dies, the kernel kills us. CORES are the numbers of those to run on, such as ``4,5,6,7``; empty: those
+that the parent runs on.
 
 A separate program because Python code between fork and exec can deadlock. Linux only; standard library only.
 """
@@ -15,7 +18,9 @@ def main() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
     if os.getppid() != int(sys.argv[1]):
         sys.exit("the supervisor died before this rank started")
-    os.execvp(sys.argv[2], sys.argv[2:])
+    if sys.argv[2]:
+        os.sched_setaffinity(0, map(int, sys.argv[2].split(",")))
+    os.execvp(sys.argv[3], sys.argv[3:])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""An adapter's directory: adapter_model.safetensors and adapter_config.json as plain PEFT reads them, and base.json,
-the hash of the weights that the adapter belongs to."""
+"""An adapter's directory: adapter_model.safetensors and adapter_config.json as plain PEFT reads them, and base.json:
+the hash of the weights that the adapter belongs to, and the types they were read in."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +18,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from harness.errors import ConfigError, DataError
-from harness.io.atomic import read_json, sha256_file, write_json
+from harness.io.atomic import read_json, write_json
 from harness.models.adapters import ADAPTER_NAME, without_virtual_positions
 from harness.models.bottleneck import BOTTLENECK_TYPE, add_bottlenecks, bottleneck_tensors
-from harness.models.load import model_directory
+from harness.models.load import base_fingerprint
 from harness.models.quantization import dequantize, is_quantized
+from harness.models.screen import ADAPTER_BASE
 
-WEIGHTS, CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base.json"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MERGEABLE = ("LORA", "ADALORA", "IA3")
 PROMPT_TYPES = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 
 
-def base_fingerprint(base: str | Path) -> str:
-    """Hash over the safetensors files of a model directory; reads all of them (about a second a GB).
-
-    Raises DataError if it has none.
-    """
-    directory = model_directory(str(base))
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise DataError("an adapter needs a base with weights", where=str(directory))
-    return hashlib.sha256("".join(f"{file.name} {sha256_file(file)}\n" for file in files).encode()).hexdigest()
-
-
-def save_adapter(model: Any, directory: Path, *, base: str | Path) -> None:
+def save_adapter(model: Any, directory: Path, *, base: str | Path, read_as: dict[str, Any] | None = None) -> None:
     """Writes the adapter in `model`, of which `base` is the base's directory or hub name.
 
+    `read_as`: `dtype` and `quantization` of the run file's `model`, for those who read the base again.
     The factors of PiSSA become a LoRA of twice the rank: the difference from where they started, so that it fits the
     base as it is. Bottlenecks are ours: PEFT does not know them.
     """
@@ -61,7 +50,8 @@ def save_adapter(model: Any, directory: Path, *, base: str | Path) -> None:
         config.inference_mode, config.base_model_name_or_path = True, str(base)
         config.save_pretrained(directory)
     save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, directory / WEIGHTS)
-    write_json(directory / BASE, {"name": str(base), "weights_sha256": base_fingerprint(base)})
+    known = {"name": str(base), "weights_sha256": base_fingerprint(base)}
+    write_json(directory / ADAPTER_BASE, known | (read_as or {}))
 
 
 def load_adapter(base_model: PreTrainedModel, directory: Path, *, trainable: bool = False) -> Any:
@@ -90,15 +80,21 @@ def load_adapter(base_model: PreTrainedModel, directory: Path, *, trainable: boo
     return without_virtual_positions(adapted)
 
 
-def merge_adapter(model: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The base with the adapter added into its weights; a quantised base is made plain, in `dtype`, before.
-
-    `model` is used up. Raises ConfigError if the method changes more than weights.
-    """
+def mergeable(model: Any) -> Any:
+    """PEFT's settings of the adapter in `model`. Raises ConfigError if it changes more than weights."""
     config = getattr(model, "peft_config", {}).get(ADAPTER_NAME)
     if config is None or config.peft_type not in MERGEABLE:
         method = "bottleneck" if config is None else config.peft_type.lower()
         raise ConfigError(f"{method} cannot be merged into weights", hint="export the adapter beside its base")
+    return config
+
+
+def merge_adapter(model: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The base with the adapter added into its weights; a quantised base is made plain, in `dtype`, before.
+
+    `model` is used up. Raises ConfigError as `mergeable` does.
+    """
+    config = mergeable(model)
     if is_quantized(model):  # PEFT would round the sum to 4 bits again
         tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
         model = get_peft_model(dequantize(_without_adapter(model), dtype), config)
@@ -143,9 +139,9 @@ def _load_bottlenecks(model: PreTrainedModel, directory: Path, config: dict[str,
 
 
 def _check_base(base_model: PreTrainedModel, directory: Path) -> None:
-    if not (directory / BASE).is_file():
+    if not (directory / ADAPTER_BASE).is_file():
         return
-    base = read_json(directory / BASE)
+    base = read_json(directory / ADAPTER_BASE)
     if base_fingerprint(base_model.name_or_path) != base["weights_sha256"]:
         what = f"the adapter belongs to other weights than those of {base_model.name_or_path}"
         raise DataError(what, where=str(directory), hint=f"it was trained on {base['name']}")

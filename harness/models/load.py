@@ -6,6 +6,8 @@ import hashlib
 import re
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,8 @@ HUB_FILES = ["*.json", "*.safetensors", *TOKENIZER_FILES, *TOKENIZER_COMPANIONS]
 logging.disable_progress_bar()
 # Tensor parallelism, which nobody has asked for: every weight "was not sharded".
 logging.get_logger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)
+# When bitsandbytes is first imported: that a kernel of a package is missing which nobody has asked for.
+logging.get_logger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 logging.get_logger("transformers.modeling_utils").setLevel(logging.ERROR)  # of missing weights we tell ourselves
 # Marian's tokeniser recommends a package that it then has no use for.
 warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")
@@ -85,7 +89,7 @@ def load_matching_tokenizer(path: str | Path, task: Task) -> PreTrainedTokenizer
     """The tokeniser of a model directory. Raises DataError if it has tokens that the model has no embedding for."""
     directory = model_directory(str(path))
     tokenizer = load_tokenizer(directory)
-    config = _load_config(directory, task, weights=False).get_text_config()
+    config = load_config(directory, task, weights=False).get_text_config()
     _check_ids(tokenizer.get_vocab(), config.vocab_size, directory)
     return tokenizer
 
@@ -93,7 +97,7 @@ def load_matching_tokenizer(path: str | Path, task: Task) -> PreTrainedTokenizer
 def load_family(path: str | Path) -> tuple[Family, PreTrainedTokenizerBase]:
     """The family and tokeniser of a model directory. Raises DataError if they do not fit the model."""
     directory = model_directory(str(path))
-    config = _load_config(directory, "translation", weights=False)
+    config = load_config(directory, "translation", weights=False)
     tokenizer = load_tokenizer(directory)
     family = family_of(config.to_dict(), tokenizer)
     _check_fit(config, family, tokenizer, directory)
@@ -118,7 +122,7 @@ def load_model(
     Raises DataError if the files are wrong, ConfigError if the model cannot do what `model` asks for.
     """
     directory = model_directory(model.path or model.config or "")
-    config = _load_config(directory, task, weights=model.path is not None)
+    config = load_config(directory, task, weights=model.path is not None)
     for name in LAYER_DROP:
         if hasattr(config, name):
             setattr(config, name, 0.0)
@@ -170,7 +174,7 @@ def reload_model(directory: Path, task: Task) -> PreTrainedModel:
     return AUTO_MODELS[task].from_pretrained(directory, local_files_only=True)
 
 
-def _load_config(directory: Path, task: Task, *, weights: bool) -> PreTrainedConfig:
+def load_config(directory: Path, task: Task, *, weights: bool) -> PreTrainedConfig:
     """The screened config.json. Raises DataError if it is not valid or of no model that does the task."""
     content = screen_model_directory(directory, weights=weights)
     if task == "translation":
@@ -216,6 +220,10 @@ def _pretrained_model(
             skeleton = AUTO_MODELS[task].from_config(options["config"])
         options |= quantized_model_options(quantization, options["dtype"], skeleton=skeleton, device=device)
     model, info = AUTO_MODELS[task].from_pretrained(directory, **options)
+    if quantization is not None:
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():  # a single view of it would keep the whole file in memory
+                tensor.data = tensor.data.clone()
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On a CPU with AVX512-BF16, bitsandbytes would lay 4-bit weights out for inference at the first evaluation
@@ -249,9 +257,31 @@ def _check_ids(vocabulary: dict[str, int], vocab_size: int, directory: Path) -> 
         raise DataError(what, where=str(directory), hint="the tokeniser belongs to another model")
 
 
+def base_fingerprint(path: str | Path) -> str:
+    """Hash over the bytes of a model directory's safetensors files. All are read, several at a time, each once a
+    process: about a second a GB for one core. The same weights cut into other files have another hash.
+
+    Raises DataError if it has none.
+    """
+    directory = model_directory(str(path))
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise DataError("an adapter needs a base with weights", where=str(directory))
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(_hash_of_file, files, (file.stat().st_mtime_ns for file in files))
+        lines = [f"{file.name} {file_hash}\n" for file, file_hash in zip(files, hashes, strict=True)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def tokenizer_fingerprint(path: str | Path) -> str:
     """Hash over the files that decide how text becomes token ids: the tokeniser's and config.json."""
     directory = model_directory(str(path))
     names = {*TOKENIZER_FILES, *TOKENIZER_COMPANIONS, "tokenizer_config.json", "config.json"}
     files = sorted(file for file in directory.iterdir() if file.name in names)
     return hashlib.sha256("".join(f"{file.name} {sha256_file(file)}\n" for file in files).encode()).hexdigest()
+
+
+@cache
+def _hash_of_file(file: Path, changed_at_ns: int) -> str:
+    """`sha256_file`, made once for each time that the file has been changed at."""
+    return sha256_file(file)

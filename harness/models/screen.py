@@ -13,6 +13,7 @@ from harness.io.atomic import read_json
 
 WEIGHTS = "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_BASE = "base.json"  # ours
 WEIGHTS_INDEX = "model.safetensors.index.json"
 JSON_FILES = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.json",
@@ -64,6 +65,13 @@ def base_of_adapter(directory: Path) -> str:
     if not isinstance(base, str):
         raise DataError("it does not name its base", where=str(directory / ADAPTER_CONFIG))
     return base
+
+
+def types_of_base(directory: Path) -> dict[str, Any]:
+    """`dtype` and `quantization` (as in the run file's `model`) that an adapter's base had in training, if it says."""
+    path = directory / ADAPTER_BASE
+    content = _screen_json(path) if path.is_file() else {}
+    return {key: content[key] for key in ("dtype", "quantization") if key in content}
 
 
 def _screen_json(path: Path) -> dict[str, Any]:

@@ -16,19 +16,18 @@ from harness.config.schema import RunConfig
 from harness.engine.measure import peak_memory_bytes
 from harness.errors import DataError, Interrupted
 from harness.evaluation.result import EvaluationInterrupted
+from harness.io import heartbeat
 from harness.io.atomic import write_json
 from harness.models.assemble import assemble, load_with_adapter
 from harness.models.load import reload_model
 from harness.tasks.task import Task
-from harness.training.prepare import model_source
-from harness.training.session import CHECKPOINTS, Session, reopen_engine, save
+from harness.training.merge import in_float32, merged
+from harness.training.prepare import base_digest, model_source
+from harness.training.session import CHECKPOINTS, Session, check_base, reopen_engine, save
 from harness.training.validate import best_step, evaluate_set, evaluate_validation
 
 FIXED_LENGTHS = (3, 9, 17, 5)  # tokens of the rows on which an export is compared
-# Of the largest logit.
-MERGE_TOLERANCE = 1e-4  # in float32
-PISSA_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-TOLERANCE_8_BIT = 1e-1  # 8-bit layers round what enters them too, plain layers do not
+PISSA_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest logit
 
 
 def finish(session: Session) -> None:
@@ -53,6 +52,7 @@ def finish(session: Session) -> None:
             raise _interrupted() from None
         finally:
             progress.step = last_step
+    heartbeat.beat("save")
     if session.processes.is_first:
         checkpoint = session.store.open(chosen)
         export_checkpoint(checkpoint, session.config, session.task, session.run_dir / "export")
@@ -62,6 +62,7 @@ def finish(session: Session) -> None:
 
 def go_back(session: Session, step: int) -> None:
     """The weights of an earlier checkpoint, perhaps of a phase in which fewer parameters were trained."""
+    heartbeat.beat("load")
     checkpoint = session.store.open(step)
     if session.phase_boundaries:
         reopen_engine(session, checkpoint)
@@ -76,11 +77,14 @@ def _interrupted() -> Interrupted:
 
 def export_checkpoint(
     checkpoint: Checkpoint, config: RunConfig, task: Task, directory: Path, *, merge: bool = False
-) -> None:
+) -> str:
     """The model of a checkpoint as a Hugging Face directory in the run's dtype, or its adapter as PEFT reads it.
 
     `merge`: the adapter is added into the weights of its base, which become a model of their own.
+    Returns what was compared besides the logits of the written model, for the user. Raises DataError if the base is
+    another one than in training.
     """
+    check_base(checkpoint, base_digest(config))
     as_plain_transformers = {"gradient_checkpointing": False, "attention": "sdpa", "neftune_alpha": None}
     config = config.model_copy(update={"model": config.model.model_copy(update=as_plain_transformers)})
     dtype = getattr(torch, config.model.dtype)
@@ -92,46 +96,24 @@ def export_checkpoint(
     if config.adapter is not None and not merge:
         from harness.models.adapter_files import save_adapter  # peft takes seconds to import
 
-        base = model_source(config)
+        base, read_as = model_source(config), config.model.model_dump(include={"dtype", "quantization"})
         export(
             model.eval(), task.tokenizer, directory, fixed_batch=inputs,
-            write=lambda path: save_adapter(model, path, base=base),
+            write=lambda path: save_adapter(model, path, base=base, read_as=read_as),
             reload=lambda path: load_with_adapter(config, path),
             # What PiSSA takes out of the base at its start is added again in another order.
             tolerance=PISSA_TOLERANCE[dtype] if config.adapter.method == "pissa" else 0.0,
         )  # fmt: skip
-        return
+        return ""
+    comparison = ""
     if config.adapter is not None:
-        quantization = config.model.quantization
-        is_8_bit = quantization is not None and quantization.bits == 8
-        model = merged(model, inputs, tolerance=TOLERANCE_8_BIT if is_8_bit else MERGE_TOLERANCE)
+        model, comparison = merged(model, inputs, config, task)
     model = model.to(dtype).eval()
     export(
         model, task.tokenizer, directory, fixed_batch=inputs,
         write=model.save_pretrained, reload=lambda path: reload_model(path, config.task).to(dtype),
     )  # fmt: skip
-
-
-def in_float32(config: RunConfig) -> RunConfig:
-    """With products of float32: in 16 bits both sides of a merge are rounded by more than a wrong merge may change."""
-    quantization = config.model.quantization
-    if quantization is not None:
-        quantization = quantization.model_copy(update={"compute_dtype": "float32"})
-    model = config.model.model_copy(update={"dtype": "float32", "quantization": quantization})
-    return config.model_copy(update={"model": model})
-
-
-def merged(model: Any, inputs: dict[str, Any], *, tolerance: float) -> Any:
-    """The base with the adapter in its weights, in float32. Raises DataError if that changes the logits by more than
-    `tolerance` times the largest."""
-    from harness.models.adapter_files import merge_adapter
-    from harness.models.quantization import merge_gate
-
-    with torch.no_grad():
-        unmerged = model.eval()(**inputs).logits
-        whole = merge_adapter(model).float().eval()
-        merge_gate(unmerged, whole(**inputs).logits, tolerance=tolerance)
-    return whole
+    return comparison
 
 
 def fixed_inputs(task: Task, model_config: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from harness.data.loader import StepRows
 from harness.engine.build import StepOutcome, apply_gradients
 from harness.engine.measure import copy_masters, peak_memory_bytes, update_to_weight_ratio
 from harness.errors import NonFiniteError
+from harness.io import heartbeat
 from harness.io.atomic import write_json
 from harness.io.faults import fault_point
 from harness.plan.schedule import learning_rate
@@ -58,6 +59,7 @@ def train(session: Session) -> None:
         fault_point("step")
         ratio = update_to_weight_ratio(session.engine, before, session.processes) if before is not None else None
         progress.step = batch.step
+        heartbeat.beat("step", batch.step)
         record_step(session, batch, sums, outcome, rate=rate, ratio=ratio, seconds=time.monotonic() - started)
         skipped = 0 if outcome.applied else skipped + 1
         if skipped >= MAX_SKIPPED_IN_A_ROW:
@@ -82,6 +84,7 @@ def accumulate(session: Session, batch: StepRows) -> StepSums:
     losses = torch.zeros(2, dtype=torch.float64, device=processes.device)  # read once, after the last micro-step
     padded_tokens = tokens = 0
     for micro_step, parts in enumerate(batch.micro_batches):
+        heartbeat.beat("step")
         examples = task.collate(session.rows.train.take(parts[processes.rank]), processes.device)
         # Dropout follows from (seed, step, micro-batch), so a resumed run draws what the unbroken run drew.
         torch.manual_seed(

@@ -24,13 +24,14 @@ from harness.errors import ConfigError, DataError, ExitCode, HarnessError
 from harness.evaluation.decoded import beam_settings
 from harness.evaluation.evaluate import evaluate
 from harness.evaluation.translate import Translator
+from harness.io import heartbeat
 from harness.io.atomic import read_json, write_json
 from harness.launch.environment import RankEnvironment, local_ranks, read_rank_environment
 from harness.launch.supervisor import supervise
 from harness.models.assemble import load_base, load_with_adapter
 from harness.models.heads import stored_labels
 from harness.models.load import as_dtype, is_decoder, model_directory
-from harness.models.screen import base_of_adapter, is_adapter, screen_model_directory
+from harness.models.screen import base_of_adapter, is_adapter, screen_model_directory, types_of_base
 from harness.plan.parameters import position_limit
 from harness.plan.plan import Plan
 from harness.tasks.translation import TranslationTask
@@ -84,9 +85,10 @@ def open_subject(model_or_run: str, changes: Sections) -> Subject:
     """The model of a run with the run's settings, or any other model with defaults; `changes` as in `with_changes`."""
     run_dir = Path(model_or_run)
     if not (run_dir / "plan.json").is_file():
-        base = base_of_adapter(run_dir) if is_adapter(run_dir) else model_or_run
-        adapter = str(run_dir.absolute()) if is_adapter(run_dir) else None
-        return Subject(run_dir.name, with_changes(_default_config(base), changes), adapter)
+        if not is_adapter(run_dir):
+            return Subject(run_dir.name, with_changes(_default_config(model_or_run), changes))
+        config = with_changes(_default_config(base_of_adapter(run_dir)), {"model": types_of_base(run_dir)})
+        return Subject(run_dir.name, with_changes(config, changes), str(run_dir.absolute()))
     export, summary = run_dir / "export", run_dir / "summary.json"
     if not export.is_dir() or not summary.is_file():
         hint = f"wait for its end, or write a checkpoint as a model: harness export {run_dir} DIRECTORY"
@@ -134,7 +136,7 @@ def score(
             return ExitCode.DONE
         write_json(Path(scratch) / "job.json", job.to_json())
         command = [sys.executable, "-m", "harness.training.offline", scratch]
-        return supervise(command, local_ranks(processes), run_dir=Path(scratch))
+        return supervise(command, local_ranks(processes), run_dir=Path(scratch), launch=config.launch).report()
 
 
 def score_on_rank(job: Job, processes: Processes) -> None:
@@ -204,13 +206,16 @@ def _default_config(model: str) -> RunConfig:
 
 
 def main(scratch: Path, environment: RankEnvironment) -> None:
+    heartbeat.start()
     job = Job.from_json(read_json(scratch / "job.json"))
     rank, local_rank, world_size = environment.rank, environment.local_rank, environment.world_size
     store = find_store(rank=rank, world_size=world_size, store_path=environment.store_path)
     processes = Processes(rank, local_rank, world_size, find_device(local_rank), store)
     join(processes, timeout_s=job.config.launch.collective_timeout_s)
+    heartbeat.beat("load")
     score_on_rank(job, processes)
     leave()
+    heartbeat.stop()
 
 
 if __name__ == "__main__":

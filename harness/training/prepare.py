@@ -15,7 +15,7 @@ from harness.data.rows import Row
 from harness.data.sources import as_source, read_rows
 from harness.errors import ConfigError
 from harness.io.atomic import read_json, write_json
-from harness.models.load import load_family, load_matching_tokenizer, tokenizer_fingerprint
+from harness.models.load import base_fingerprint, load_family, load_matching_tokenizer, tokenizer_fingerprint
 from harness.tasks.causal_lm import CausalTask
 from harness.tasks.classification import ClassificationTask, with_labels_of
 from harness.tasks.task import Task
@@ -95,8 +95,18 @@ def evaluation_sources(config: RunConfig) -> dict[str, DataSource]:
     return {name: as_source(source) for name, source in named.items() if source is not None}
 
 
+def base_digest(config: RunConfig) -> str:
+    """`base_fingerprint` of a base whose frozen weights are in no checkpoint; "" where all weights are in it, or follow
+    from the seed."""
+    is_partly_frozen = config.adapter is not None or bool(config.freeze)
+    return base_fingerprint(config.model.path) if is_partly_frozen and config.model.path else ""
+
+
 def prepare(config: RunConfig, run_dir: Path) -> dict[str, Any]:
-    """Clean, encode and cache all sets, write the reports into `run_dir`; returns the directory of each set."""
+    """Clean, encode and cache all sets, write the reports into `run_dir`.
+
+    Returns what every rank must know: the directory of each set, and `base_digest`.
+    """
     if config.adapter is not None and config.model.path is None:
         hint = "name a pretrained model in model.path"
         raise ConfigError("an adapter belongs to a base with weights", where="model.config", hint=hint)
@@ -106,7 +116,8 @@ def prepare(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     if config.classification is not None:
         sections = {"classification": config.classification, "loss": config.loss}
         write_json(run_dir / LABELS_FILE, {name: section.model_dump() for name, section in sections.items()})
-    return {name: str(one.rows.directory) for name, one in prepared.items()}
+    directories = {name: str(one.rows.directory) for name, one in prepared.items()}
+    return {"sets": directories, "base_digest": base_digest(config)}
 
 
 def prepare_sets(config: RunConfig, task: Task, report_dir: Path | None = None) -> dict[str, Prepared]:

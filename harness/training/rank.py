@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from harness.errors import ExitCode, HarnessError
+from harness.io import heartbeat
 from harness.io.atomic import read_json, write_json
 from harness.io.faults import fault_point
-from harness.launch.environment import STORE_VARIABLE, RankEnvironment, read_rank_environment
+from harness.launch.environment import RankEnvironment, read_rank_environment
 from harness.launch.failures import PEER_LOST
+from harness.launch.guard import TOKEN_VARIABLE
 from harness.launch.run_directory import completed, opened_run_directory, plan_run
 from harness.plan.plan import Plan
 from harness.training.stop import StopRequest
@@ -75,18 +77,29 @@ def run_rank(plan: Plan, environment: RankEnvironment, stop: StopRequest, prepar
         environment.rank, environment.local_rank, environment.world_size, find_device(environment.local_rank), store
     )
 
-    def prepare_run() -> dict[str, str]:
+    def build() -> None:
+        heartbeat.beat("load")
+        build_ops(needed_ops(plan.config.optimizer, plan.deepspeed, processes.device.type))
+
+    def prepare_run() -> dict[str, Any]:
         prepare_directory()
         fault_point("prepare")
         with stop.at_once():
-            build_ops(needed_ops(plan.config.optimizer, plan.deepspeed, processes.device.type))
+            build()
+            heartbeat.beat("prepare")
             return prepare(plan.config, run_dir)
 
     prepare_started = time.monotonic()
-    directories = processes.first_rank_prepares(prepare_run)
+    if environment.local_rank == 0 and not processes.is_first:  # what is built may lie on each machine's own disk
+        with stop.at_once():
+            build()
+    heartbeat.beat("prepare")
+    prepared = processes.first_rank_prepares(prepare_run)
     timings["prepare_s"] = time.monotonic() - prepare_started
+    heartbeat.beat("meet")
     join(processes, timeout_s=plan.config.launch.collective_timeout_s)
-    session = open_session(plan, run_dir, directories, processes, stop, timings)
+    heartbeat.beat("load")
+    session = open_session(plan, run_dir, prepared, processes, stop, timings)
     end_reason = "failed"
     try:
         train(session)
@@ -103,6 +116,7 @@ def run_rank(plan: Plan, environment: RankEnvironment, stop: StopRequest, prepar
 
 def _run_or_exit(plan: Plan, environment: RankEnvironment, prepare_directory: Callable[[], Any]) -> int:
     """Run the rank; an error is recorded for the supervisor and ends the process at once, so that peers notice."""
+    heartbeat.start()
     stop = StopRequest(Path(plan.run_dir))
     stop.listen()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -112,10 +126,12 @@ def _run_or_exit(plan: Plan, environment: RankEnvironment, prepare_directory: Ca
         run_rank(plan, environment, stop, prepare_directory)
     except BaseException as error:
         record_and_exit(error, Path(plan.run_dir), environment.rank)
+    heartbeat.stop()
     return ExitCode.DONE
 
 
 def record_and_exit(error: BaseException, run_dir: Path, rank: int) -> NoReturn:
+    heartbeat.stop()
     code = error.exit_code if isinstance(error, HarnessError) else ExitCode.OTHER
     text = str(error) or type(error).__name__
     is_ours = isinstance(error, HarnessError)
@@ -123,12 +139,13 @@ def record_and_exit(error: BaseException, run_dir: Path, rank: int) -> NoReturn:
         "rank": rank,
         "host": socket.gethostname(),
         "time": time.time(),
+        "step": heartbeat.last_step(),
         "kind": PEER_LOST if any(sign in text.lower() for sign in _PEER_SIGNS) else type(error).__name__,
         "exit_code": int(code),
         "message": text,
         "traceback": "" if is_ours else traceback.format_exc(),
     }
-    is_recorded = STORE_VARIABLE in os.environ  # our supervisor reads it; under other launchers rank 0 speaks
+    is_recorded = TOKEN_VARIABLE in os.environ  # our supervisor reads it; under other launchers rank 0 speaks
     try:
         if run_dir.is_dir():
             write_json(run_dir / "errors" / f"rank-{rank}.json", record)

@@ -17,6 +17,7 @@ from harness.engine.build import build_engine, close_engine
 from harness.engine.processes import Processes
 from harness.engine.rank_allocation import RankAllocator
 from harness.errors import DataError
+from harness.io import heartbeat
 from harness.models.assemble import assemble
 from harness.models.freeze import phase_boundaries
 from harness.models.isolation import check_isolation
@@ -41,6 +42,7 @@ class Progress:
     best_value: float | None = None
     evaluations_without_gain: int = 0
     data_digest: str = ""
+    base_digest: str = ""  # of the weights that are in no checkpoint
     wall_time_s: float = 0.0
     restarts: int = 0
 
@@ -80,17 +82,17 @@ class Session:
 def open_session(
     plan: Plan,
     run_dir: Path,
-    directories: dict[str, str],
+    prepared: dict[str, Any],
     processes: Processes,
     stop: StopRequest,
     timings: dict[str, float],
 ) -> Session:
-    """Build the run from its plan, and go on from its newest checkpoint if there is one.
+    """Build the run from its plan and what `prepare` has left; go on from its newest checkpoint if there is one.
 
     `timings` are the seconds that the parts of the start-up have taken so far; the rest is added here.
     """
     config = with_prepared_labels(plan.config, run_dir)
-    rows = open_sets(directories)
+    rows = open_sets(prepared["sets"])
     task = build_task(config)
     steps = TrainingSteps(
         rows.train, data=config.data, batch=config.batch, seed=config.seed, world_size=processes.world_size
@@ -101,7 +103,7 @@ def open_session(
         store.remove_leftovers()
     with timed(timings, "resume_s"):
         checkpoint, broken = checkpoint_state.newest(store, processes)
-    progress = resumed_progress(checkpoint, rows.train.digest)
+    progress = resumed_progress(checkpoint, rows.train.digest, prepared["base_digest"])
     engine = open_engine(config, plan, processes, checkpoint, total_steps, timings)
     if isinstance(task, CausalTask) and pack_length(config.data) is not None:
         check_isolation(engine.module, in_one_row=task.in_one_row)
@@ -140,10 +142,12 @@ def open_engine(
 ) -> Any:
     """The engine for the step after `checkpoint` (None: the first), with its weights and moments."""
     step = checkpoint.step if checkpoint is not None else 0
+    heartbeat.beat("load")
     with timed(timings, "model_s"):
         # What is quantised while it is read goes straight to the device; DeepSpeed moves all else there.
         device = str(processes.device) if config.model.quantization is not None else "cpu"
         model, freezing, new_heads = assemble(config, step=step, total_steps=total_steps, device=device)
+    heartbeat.beat("load")
     with timed(timings, "engine_s"):
         engine = build_engine(
             model, config.optimizer, plan.deepspeed, processes, new_heads=new_heads, starts=freezing.starts
@@ -171,10 +175,10 @@ def reopen_engine(session: Session, checkpoint: Checkpoint) -> None:
     session.engine = open_engine(session.config, session.plan, session.processes, checkpoint, session.total_steps, {})
 
 
-def resumed_progress(checkpoint: Checkpoint | None, data_digest: str) -> Progress:
-    """What a checkpoint knows of the run. Raises DataError when the training rows are not those it was made with."""
+def resumed_progress(checkpoint: Checkpoint | None, data_digest: str, base_digest: str) -> Progress:
+    """What a checkpoint knows of the run. Raises DataError when rows or base are not those it was made with."""
     if checkpoint is None:
-        return Progress(data_digest=data_digest)
+        return Progress(data_digest=data_digest, base_digest=base_digest)
     progress = Progress(**{name: checkpoint.state[name] for name in Progress.__dataclass_fields__})
     if progress.data_digest != data_digest:
         raise DataError(
@@ -182,8 +186,19 @@ def resumed_progress(checkpoint: Checkpoint | None, data_digest: str) -> Progres
             where=str(checkpoint.directory),
             hint="bring the old data back, or give the run a new name to start again",
         )
+    check_base(checkpoint, base_digest)
     progress.restarts += 1
     return progress
+
+
+def check_base(checkpoint: Checkpoint, base_digest: str) -> None:
+    """Raises DataError when the frozen weights, which the checkpoint does not hold, are not those it was made with."""
+    if checkpoint.state["base_digest"] != base_digest:
+        raise DataError(
+            "the weights of the base have changed since this checkpoint was written, which holds only what was trained",
+            where=str(checkpoint.directory),
+            hint="bring the old files back to model.path, or give the run a new name to start again",
+        )
 
 
 def save(session: Session) -> None:
@@ -192,6 +207,7 @@ def save(session: Session) -> None:
     If the step is saved already, only what has been learnt about it since is added.
     """
     progress, options = session.progress, session.config.checkpoint
+    heartbeat.beat("save")
     started = time.monotonic()
     state = asdict(progress) | {"wall_time_s": progress.wall_time_s + started - session.started}
     if session.saved_step == progress.step:

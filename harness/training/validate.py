@@ -9,6 +9,7 @@ from harness.data.encoded import EncodedRows
 from harness.evaluation.evaluate import evaluate
 from harness.evaluation.result import Evaluation, EvaluationInterrupted
 from harness.evaluation.scores import HIGHER_IS_BETTER
+from harness.io import heartbeat
 from harness.io.faults import fault_point
 from harness.training.session import Session, save
 
@@ -38,6 +39,7 @@ def evaluate_validation(session: Session) -> bool:
 
 def evaluate_set(session: Session, name: str, rows: EncodedRows, num_rows: int | None = None) -> Evaluation:
     """Decode and score one set with the engine's weights, write its directory and records."""
+    heartbeat.beat("evaluation")
     fault_point("evaluation")
     step = session.progress.step
     directory = evaluation_directory(session.run_dir, step, name)

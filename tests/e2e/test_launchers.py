@@ -144,7 +144,7 @@ def test_no_launcher_at_all_is_one_rank(directory: Path, expected_losses: list[f
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_killed_rank_ends_the_run_and_the_same_command_resumes(directory: Path, rank: int) -> None:
-    process = start(directory, "harness", "train", "run.yaml", *LONG)
+    process = start(directory, "harness", "train", "run.yaml", "launch.max_restarts=0", *LONG)
     wait_for_step(process, directory, 21)
     os.kill(ranks_of(directory)[rank], signal.SIGKILL)
     killed_at = time.monotonic()

@@ -111,6 +111,14 @@ def test_evaluate_gives_the_scores_and_answers_of_training(trained: SimpleNamesp
         assert (output / name).read_text() == (trained.test_dir / name).read_text()
 
 
+def test_an_adapter_alone_has_the_scores_of_its_run(trained: SimpleNamespace, tmp_path: Path) -> None:
+    """Its base is read in 4 bits as in training."""
+    options = ["--format", "prompt", "--beam-size", "1", "--max-length", MAX_ANSWER, "--metrics", "chrf"]
+    test_file, output = trained.directory / "test.jsonl", tmp_path / "alone"
+    assert command("evaluate", trained.dir / "export", "--data", test_file, "--output", output, *options) == 0
+    assert scores_in(output) == scores_in(trained.test_dir)
+
+
 def test_the_exported_adapter_is_the_run_in_plain_peft(trained: SimpleNamespace, tmp_path: Path) -> None:
     assert command("export", trained.dir, tmp_path / "adapter") == 0
     names = {path.name for path in (tmp_path / "adapter").iterdir()}

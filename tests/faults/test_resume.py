@@ -22,7 +22,7 @@ def run_of(directory: Path, model: Path, *, name: str, preset: str) -> dict[str,
         directory, model, name=name,
         deepspeed={"preset": preset, "overrides": SHARD_ALL if preset == "zero3" else {}},
         model__dropout=0.1, schedule__steps=NUM_STEPS,
-        checkpoint__every_steps=2, checkpoint__keep_last=2, launch__processes=2,
+        checkpoint__every_steps=2, checkpoint__keep_last=2, launch__processes=2, launch__max_restarts=0,
     )  # fmt: skip
 
 

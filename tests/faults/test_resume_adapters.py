@@ -3,13 +3,15 @@ bit for bit (float32 and bfloat16, CPU); and what their checkpoints hold is the 
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from harness.checkpoint.state import CheckpointTensors
+from harness.cli.main import main
 from tests.llm_runs import Q4, last_checkpoint, llm_run
 from tests.runs import harness, run_ranks, same_state, steps_of, write_run
 from tests.tiny_llm import make_tiny_llm
@@ -32,7 +34,7 @@ ADAPTER_NAMES = {"lora": ".lora_", "prompt": "prompt_encoder."}
 def runs_in(directory: Path, model: Path) -> Runs:
     common = {
         "model__attention_dropout": 0.1, "schedule__steps": NUM_STEPS, "launch__processes": 2,
-        "checkpoint__every_steps": 2, "checkpoint__keep_last": 4,
+        "launch__max_restarts": 0, "checkpoint__every_steps": 2, "checkpoint__keep_last": 4,
     }  # fmt: skip
     return {name: llm_run(directory, model, name=name, **(common | changes)) for name, changes in CASES.items()}
 
@@ -85,3 +87,36 @@ def test_the_base_is_in_no_checkpoint(case: str, unbroken: Runs) -> None:
     assert tensor_bytes == 3 * 4 * num_trained, "float32 masters and both moments of AdamW, each once"
     assert sum(file.stat().st_size for file in files) < tensor_bytes + 50_000, "names of tensors"
     assert num_trained < 10_000
+
+
+@pytest.mark.parametrize("frozen", [{"adapter": {"rank": 4}}, {"freeze": {"layers": "0"}}], ids=["adapter", "freeze"])
+def test_another_base_is_refused(
+    frozen: dict[str, Any], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One weight differs: neither resumed nor exported. With the weights of old the run goes on."""
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    run = llm_run(
+        tmp_path, base, name="run", schedule__steps=4, checkpoint__every_steps=2, launch__max_restarts=0, **frozen
+    )
+    file, run_dir, weights = str(write_run(run)), tmp_path / "run", base / "model.safetensors"
+    assert harness("train", file, HARNESS_FAULT="step:3").returncode == 1
+    old = weights.read_bytes()
+    tensors = load_file(weights)
+    next(tensor for name, tensor in tensors.items() if "layers.0" in name).view(-1)[0] += 1e-3
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert weights.stat().st_size == len(old)
+
+    refused = harness("train", file)
+    assert refused.returncode == 3
+    assert "step-00000002: the weights of the base have changed" in refused.stderr
+    assert "bring the old files back to model.path" in refused.stderr
+    assert main(["export", str(run_dir), str(tmp_path / "out")]) == 3
+    assert "the weights of the base have changed" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+    weights.write_bytes(old)
+    assert main(["export", str(run_dir), str(tmp_path / "out")]) == 0
+    resumed = harness("train", file)
+    assert resumed.returncode == 0, resumed.stderr
+    assert [step["step"] for step in steps_of(run)] == [1, 2, 3, 4]

@@ -27,7 +27,7 @@ def runs_in(directory: Path, model: Path) -> Runs:
             directory, model, name=preset, freeze=RULES,
             deepspeed={"preset": preset, "overrides": SHARD_ALL if preset == "zero3" else {}},
             model__dropout=0.1, optimizer__layer_decay=0.8, schedule__steps=NUM_STEPS,
-            checkpoint__every_steps=2, checkpoint__keep_last=9, launch__processes=2,
+            checkpoint__every_steps=2, checkpoint__keep_last=9, launch__processes=2, launch__max_restarts=0,
         )
         for preset in KILLED_IN
     }  # fmt: skip

@@ -21,9 +21,10 @@ from transformers import (
 from harness.config.rules import stage_problems
 from harness.config.schema import AdapterConfig, RunConfig, Task
 from harness.errors import ConfigError, DataError
-from harness.models.adapter_files import base_fingerprint, load_adapter, merge_adapter, save_adapter
+from harness.models.adapter_files import load_adapter, merge_adapter, save_adapter
 from harness.models.adapters import add_adapter
 from harness.models.linear import head_modules, linear_layers
+from harness.models.load import base_fingerprint
 from harness.models.parameter_table import parameter_counts, parameter_table
 from tests.tiny_llm import make_tiny_llm
 

@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from harness.config.launch_schema import LaunchConfig
 from harness.errors import ConfigError
-from harness.launch.environment import RankEnvironment, local_ranks, read_rank_environment
+from harness.launch.environment import (
+    RankEnvironment,
+    configured_variables,
+    local_ranks,
+    read_rank_environment,
+    share_of_cores,
+)
 
 MEETING = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29501"}
 SLURM_STEP = {
@@ -145,3 +152,27 @@ def test_what_the_supervisor_sets_is_what_the_rank_reads(tmp_path: Path) -> None
 
 def test_an_empty_store_is_no_store() -> None:
     assert read_rank_environment({"RANK": "0", "WORLD_SIZE": "1", "HARNESS_STORE": ""}).store_path is None
+
+
+def test_variables_that_the_run_file_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JOB", "7")
+    launch = LaunchConfig(interface="ib0", node_local_dir="/scratch/$JOB", environment={"GLOO_SOCKET_IFNAME": "eth0"})
+    assert configured_variables(launch, {}) == {
+        "NCCL_SOCKET_IFNAME": "ib0",
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "TRITON_CACHE_DIR": "/scratch/7/triton",
+        "TORCHINDUCTOR_CACHE_DIR": "/scratch/7/inductor",
+        "TORCH_EXTENSIONS_DIR": "/scratch/7/torch_extensions",
+    }
+    assert "TORCH_EXTENSIONS_DIR" not in configured_variables(launch, {"TORCH_EXTENSIONS_DIR": "/built"})
+    assert configured_variables(LaunchConfig(), {}) == {}
+
+
+@pytest.mark.parametrize(("num_cores", "num_ranks"), [(8, 2), (7, 3), (4, 4), (2, 3), (1, 2)])
+def test_cores_are_shared_out(num_cores: int, num_ranks: int) -> None:
+    cores = list(range(10, 10 + num_cores))
+    shares = [share_of_cores(cores, place) for place in local_ranks(num_ranks)]
+    assert {core for share in shares for core in share} == set(cores)
+    assert all(list(share) == list(range(share[0], share[0] + len(share))) for share in shares)
+    if num_ranks <= num_cores:
+        assert sum(map(len, shares)) == num_cores

@@ -38,7 +38,7 @@ def test_earliest_record_wins_though_its_rank_ended_last(tmp_path: Path) -> None
     ends = [RankEnd(0, 1, 9.0), RankEnd(1, 5, 10.0)]
     failure = first_failure(ends, tmp_path, requested=None)
     assert failure is not None
-    assert (failure.exit_code, failure.what) == (ExitCode.NON_FINITE, "rank 1 at step 3: message 1")
+    assert (failure.exit_code, failure.what) == (ExitCode.NON_FINITE, "rank 1 after step 3: message 1")
 
 
 def test_lost_peer_is_never_the_cause(tmp_path: Path) -> None:

@@ -1,0 +1,105 @@
+"""``harness compare``: what runs differ in, and what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from harness.cli.common import existing_run_directory
+
+HELP = "Show where the configurations of runs differ and their scores, side by side. Reads run directories only."
+EXAMPLE = "harness compare runs/enro-lr1 runs/enro-lr2 runs/enro-lr3"
+
+_NEVER_THE_SAME = ("name", "output_dir", "slurm.sweep")
+_LONGEST_CELL = 32
+_ABSENT = "-"
+
+
+class Line(NamedTuple):
+    """A property of runs and its value in each of them."""
+
+    name: str
+    values: list[str]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN", help="run directories, two or more")
+
+
+def run(args: argparse.Namespace) -> int:
+    from harness.errors import ConfigError
+
+    if len(args.run_dirs) < 2:
+        raise ConfigError("one run cannot be compared", where=str(args.run_dirs[0]), hint="name two run directories")
+    run_dirs = [existing_run_directory(path) for path in args.run_dirs]
+    print(table([Line("", _names(run_dirs)), *differences(run_dirs), *results(run_dirs)]))
+    return 0
+
+
+def differences(run_dirs: Sequence[Path]) -> list[Line]:
+    """The keys of the run file that are not the same in all runs."""
+    from harness.config.changes import leaves
+    from harness.io.atomic import read_json
+
+    runs = [dict(leaves(read_json(run_dir / "plan.json").get("config", {}))) for run_dir in run_dirs]
+    keys = [key for key in dict.fromkeys(key for run in runs for key in run) if not key.startswith(_NEVER_THE_SAME)]
+    lines = [Line(key, [json.dumps(run[key]) if key in run else _ABSENT for run in runs]) for key in keys]
+    return [line for line in lines if len(set(line.values)) > 1]
+
+
+def results(run_dirs: Sequence[Path]) -> list[Line]:
+    """Step, scores on the test set, the best and the last of each validation score, speed and time of every run."""
+    found = [result_of(run_dir) for run_dir in run_dirs]
+    names = dict.fromkeys(name for result in found for name in result)
+    return [Line(name, [result.get(name, _ABSENT) for result in found]) for name in names]
+
+
+def result_of(run_dir: Path) -> dict[str, str]:
+    """What one run has come to so far."""
+    from harness.evaluation.scores import HIGHER_IS_BETTER
+    from harness.io.atomic import read_json
+    from harness.training.metrics_file import read_metrics
+
+    path = run_dir / "summary.json"
+    summary: dict[str, Any] = read_json(path) if path.is_file() else {}
+    records = read_metrics(run_dir / "metrics.jsonl")
+    steps = [record for record in records if record.get("event") == "step"]
+    shown = {"state": "finished" if summary else "not finished", "steps": f"{steps[-1]['step'] if steps else 0:,}"}
+    shown |= {f"test {name}": f"{value:.4g}" for name, value in summary.get("test", {}).items()}
+    scored = [record for record in records if record.get("event") == "evaluation" and record.get("set") == "validation"]
+    for name, is_higher_better in HIGHER_IS_BETTER.items():
+        scores = [(record[name], record["step"]) for record in scored if isinstance(record.get(name), int | float)]
+        if scores:
+            value, step = (max if is_higher_better else min)(scores, key=lambda score: score[0])
+            shown[f"best {name}"] = f"{value:.4g} at {step:,}"
+            shown[f"last {name}"] = f"{scores[-1][0]:.4g}"
+    if steps and "loss" in steps[-1]:
+        shown["training loss"] = f"{steps[-1]['loss']:.4g}"
+    if summary:
+        shown["tokens/s"] = f"{summary['tokens_per_second']:,.0f}"
+        shown["hours"] = f"{summary['wall_time_s'] / 3600:.2f}"
+        shown["restarts"] = str(summary["restarts"])
+    return shown
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Runs side by side, or one below the other when there are more of them than lines."""
+    rows = [[line.name, *(_cut(value) for value in line.values)] for line in lines]
+    if len(rows[0]) > len(rows):
+        rows = [list(column) for column in zip(*rows, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in cells)
+
+
+def _names(run_dirs: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, whole paths where those are the same."""
+    names = [run_dir.resolve().name for run_dir in run_dirs]
+    return names if len(set(names)) == len(names) else [str(run_dir) for run_dir in run_dirs]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_CELL else f"{text[: _LONGEST_CELL - 3]}..."
