@@ -35,6 +35,7 @@ class Stepper:
         adapter = getattr(model, "active_peft_config", None)
         self.has_virtual_tokens = adapter is not None and adapter.is_prompt_learning
         self.is_encoder_decoder = bool(self.base.config.is_encoder_decoder)
+        self.reads_alone = self.has_virtual_tokens and not self.is_encoder_decoder  # one forward pass for each row
         self.takes = inspect.signature(self.base.forward).parameters
         config = self.base.config.get_text_config()
         self.kinds = set(getattr(config, "layer_types", None) or ())
@@ -67,7 +68,7 @@ class Stepper:
             return outputs.logits[:, -1].float(), self._translation_tree(outputs.past_key_values, mask_RS)
         input_ids_RS = torch.cat([input_ids_RS, prefix_RP], dim=1)
         mask_RS = torch.cat([mask_RS, torch.ones_like(prefix_RP)], dim=1)
-        if self.has_virtual_tokens:
+        if self.reads_alone:
             return self._read_after_virtual_tokens(input_ids_RS, mask_RS)
         keep = {"logits_to_keep": 1} if "logits_to_keep" in self.takes else {}
         positions_RS = (mask_RS.cumsum(dim=1) - 1).clamp(min=0)

@@ -6,7 +6,6 @@ Shapes: B rows, S source positions.
 import copy
 import json
 import os
-import threading
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from transformers import (
 )
 
 from harness.decoding.beam import BeamSettings, Hypothesis, beam_search, deal, decode, decoding_batches
+from tests.lockstep import decode_in_step
 
 VOCABULARY, ROWS = 40, 6
 PAD, EOS = 1, 2
@@ -303,36 +303,6 @@ def test_dealing_gives_each_batch_to_one_rank_and_all_ranks_equally_many(batches
     assert all(turn.rows for hand in hands for turn in hand)
 
 
-def calls_of_ranks(model, batch, sizes_of_ranks: list[list[int]]) -> list[list[str]]:
-    """What each of the ranks, which are threads here, runs of its own copy of the model, in order."""
-    barrier, numbers, calls = threading.Barrier(len(sizes_of_ranks)), {}, [[] for _ in sizes_of_ranks]
-
-    def run(rank: int) -> None:
-        mine = copy.deepcopy(model)
-        for name in ("encoder", "decoder"):
-            mine.get_submodule(f"model.{name}").register_forward_hook(lambda *_, name=name: calls[rank].append(name))
-
-        def agree(values: list[float]) -> list[float]:
-            numbers[rank] = values
-            barrier.wait(30)
-            total = [sum(column) for column in zip(*numbers.values(), strict=True)]
-            barrier.wait(30)
-            return total
-
-        settings = BeamSettings(3, 1.0, max_length=12)
-        options = {"rows": sizes_of_ranks[rank], "synced": True, "agree": agree, "max_tokens": 80}
-        found[rank] = decode_rows_of(mine, "mbart", batch, settings, **options)
-
-    found: dict[int, dict] = {}
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(sizes_of_ranks))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [sorted(found[rank]) for rank in range(len(threads))] == [sorted(rows) for rows in sizes_of_ranks]
-    return calls
-
-
 def test_ranks_that_share_parameters_move_in_step_whatever_their_rows():
     model, batch = make_model("mbart"), make_batch(rows=12)
     hands = [[list(range(12)), []], [[0], list(range(1, 12))], [[3, 4], [5]], [[1, 2, 3], [4], []], [[], [7]]]
@@ -340,10 +310,17 @@ def test_ranks_that_share_parameters_move_in_step_whatever_their_rows():
     for _ in range(15):
         ranks = torch.randint(0, 3, (12,), generator=generator).tolist()
         hands.append([[row for row in range(12) if ranks[row] == rank] for rank in range(3)])
+    settings = BeamSettings(3, 1.0, max_length=12)
+    alone = search(model, "mbart", batch, settings)
     for hand in hands:
-        calls = calls_of_ranks(model, batch, hand)
+        calls, found = decode_in_step(
+            model, ["model.encoder", "model.decoder"], hand,
+            lambda model, **options: decode_rows_of(model, "mbart", batch, settings, max_tokens=80, **options),
+        )  # fmt: skip
         assert all(one == calls[0] for one in calls)
-        assert {"encoder", "decoder"} == set(calls[0])
+        assert set(calls[0]) == {"model.encoder", "model.decoder"}
+        assert [sorted(rows) for rows in found] == [sorted(rows) for rows in hand]
+        assert all(one[0].token_ids == alone[row][0].token_ids for rows in found for row, one in rows.items())
 
 
 def test_a_wish_to_stop_ends_the_search():

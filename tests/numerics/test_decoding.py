@@ -21,6 +21,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     LogitsProcessorList,
     MistralConfig,
     MistralForCausalLM,
@@ -29,10 +30,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from harness.config.schema import AdapterConfig
 from harness.decoding.beam import BeamSettings, beam_search, decode
 from harness.decoding.constraints import Constraints
 from harness.decoding.sampling import Sampling, uniform
 from harness.errors import ConfigError
+from harness.models.adapters import add_adapter
+from tests.lockstep import decode_in_step
 from tests.numerics.test_beam import EOS, FAMILIES, PAD, PREFIXES, VOCABULARY, content, decode_rows_of, make_batch
 from tests.numerics.test_beam import make_model as make_translator
 
@@ -147,6 +151,33 @@ def test_a_decoder_goes_on_with_its_prompts_as_generate_does(name: str, beam_siz
         assert [one.token_ids for one in flat] == outputs
         if beam_size > 1:
             assert [one.score for one in flat] == pytest.approx(expected.sequences_scores.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix_tuning", "prompt_tuning"])
+def test_ranks_with_an_adapter_move_in_step(method: str) -> None:
+    """Virtual tokens make a decoder read its prompts one by one."""
+    (ids_BS, mask_BS), settings = prompts(9), BeamSettings(3, 1.0, max_length=10)
+    adapter = AdapterConfig(method=method)
+    model = add_adapter(make_decoder("llama"), adapter, task="causal_lm", total_steps=10, seed=1).eval()
+    sizes = mask_BS.sum(dim=1).tolist()
+    base = next(name for name, module in model.named_modules() if isinstance(module, LlamaModel))
+
+    def decoded(model: Any, **options: Any) -> Any:
+        def collate(rows: list[int]) -> dict[str, Any]:
+            longest = max(sizes[row] for row in rows)
+            parts = {"input_ids_BS": ids_BS[rows, -longest:], "attention_mask_BS": mask_BS[rows, -longest:]}
+            return {**parts, "pad": PAD, "ends": [EOS]}
+
+        return decode(model, sizes, collate, settings=settings, max_tokens=120, **options)
+
+    alone = decoded(model)
+    for hands in ([[0, 1, 2, 3, 4, 5, 6, 7], [8]], [[], [0, 1, 2]], [[3, 4, 5], [1, 2]]):
+        calls, found = decode_in_step(model, [base], hands, decoded)
+        assert calls[0] == calls[1]
+        for hand, rows in zip(hands, found, strict=True):
+            assert {row: one[0].token_ids for row, one in rows.items()} == {
+                row: alone[row][0].token_ids for row in hand
+            }
 
 
 def test_a_decoder_that_cannot_tell_beams_apart_is_refused() -> None:
