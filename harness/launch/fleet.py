@@ -41,10 +41,12 @@ _CARRIED = (
 
 @dataclass(frozen=True)
 class Way:
-    """A command whose pipes lead to the supervisors of these nodes, by their numbers."""
+    """A command whose pipes lead to the supervisors of these nodes, by their numbers; `has_environment`: it brings our
+    variables there by itself, where a container may then have changed them."""
 
     command: Sequence[str]
     nodes: Sequence[int]
+    has_environment: bool = False
 
 
 def supervise_nodes(
@@ -97,7 +99,7 @@ class _State:
 class _Channel:
     process: subprocess.Popen[bytes]
     lines: Lines
-    nodes: Sequence[int]
+    way: Way
     last_words: deque[str] = field(default_factory=lambda: deque(maxlen=5))
 
     def send(self, **order: Any) -> None:
@@ -135,7 +137,7 @@ class _Fleet:
                 start_new_session=True,
             )
             assert process.stdout is not None
-            self.channels.append(_Channel(process, Lines(process.stdout.fileno()), way.nodes))
+            self.channels.append(_Channel(process, Lines(process.stdout.fileno()), way))
 
     def wait(self, wakeups: int) -> None:
         """Until every node has ended or is given up."""
@@ -228,7 +230,7 @@ class _Fleet:
         self.end_within(FAILURE_WAIT_S)
 
     def on_closed(self, channel: _Channel) -> None:
-        for number in channel.nodes:
+        for number in channel.way.nodes:
             if self.states[number].end is None:
                 words = next((word for word in reversed(channel.last_words) if word.strip()), "it said nothing")
                 self.lose(self.states[number], f"its connection closed: {words}")
@@ -250,9 +252,9 @@ class _Fleet:
                 self.lose(state, f"harness there is {sorted(versions)}, here {harness.__version__}")
             return
         self.is_started = True
-        environment = carried_environment()
+        terminal = {}
         if os.isatty(1):
-            environment |= {TERMINAL_VARIABLE: "1", "COLUMNS": str(os.get_terminal_size(1).columns)}
+            terminal = {TERMINAL_VARIABLE: "1", "COLUMNS": str(os.get_terminal_size(1).columns)}
         common = {
             "directory": str(Path.cwd()),
             "run_dir": str(self.run_dir.absolute()),
@@ -265,8 +267,9 @@ class _Fleet:
             devices = state.node.devices
             own = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))} if devices is not None else {}
             ranks = [asdict(rank) for rank in self.ranks_of(state)]
-            channel = next(channel for channel in self.channels if number in channel.nodes)
-            channel.send(order="start", node=number, ranks=ranks, environment=environment | own, **common)
+            channel = next(channel for channel in self.channels if number in channel.way.nodes)
+            carried = {} if channel.way.has_environment else carried_environment()
+            channel.send(order="start", node=number, ranks=ranks, environment=carried | terminal | own, **common)
 
     def ranks_of(self, state: _State) -> list[RankEnvironment]:
         first = self.states[0]

@@ -84,7 +84,8 @@ def time_limit(
         what = f"saving has taken {save_s:.0f} s, and the job is told {slurm.signal_before_s} s before its limit"
         yield Finding(what, f"raise slurm.signal_before_s above {save_s:.0f}")
     how = "as measured in this run" if is_same_run else "as the narrow model of this rehearsal took"
-    if step_s is None:
+    is_bound = step_s is None
+    if is_bound:
         step_s, how = _fastest_step_s(plan), "if the arithmetic alone counted, on the fastest device there is"
     if every is None:
         lost = "up to a whole start of the job"
@@ -94,6 +95,10 @@ def time_limit(
         fitting = max(1, int(at_work_s / step_s / 4))
         change = f"lower checkpoint.every_steps to {fitting:,} or raise slurm.time above {slurm.time}"
         yield Finding(f"{what}, and {_shown(at_work_s)} are left before the signal", change)
+    elif step_s is not None and is_bound:
+        yield Finding(
+            f"by the arithmetic of its steps a checkpoint fits into {slurm.time}; their speed is not known yet"
+        )
     elif step_s is not None:
         yield Finding(f"a checkpoint every {_shown(every * step_s)} or more ({how}), within a limit of {slurm.time}")
 
@@ -112,7 +117,8 @@ def _accepted(kind: str, script: str) -> Finding:
     try:
         return Finding(f"Slurm would take the {kind} job: {scheduler.test_only(script)}")
     except HarnessError as error:
-        change = next((change for sign, change in _ADVICE.items() if sign in error.what.lower()), error.hint)
+        known = (change for sign, change in _ADVICE.items() if sign in error.what.lower())
+        change = next(known, error.hint or "ask Slurm again, or those who run it")
         return Finding(f"Slurm would not take the {kind} job: {error.what}", change)
 
 

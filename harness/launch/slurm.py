@@ -82,8 +82,9 @@ class _Driver:
             return supervise_tasks(
                 within, self.allocation, nodes, run_dir=self.run_dir, launch=self.launch, slurm=self.slurm
             )
+        supervisor = [*within, "-m", "harness.launch.node"]
         ways = [
-            Way([*step_on(host, self.slurm), *within, "-m", "harness.launch.node", str(number)], [number])
+            Way([*step_on(host, self.slurm), *supervisor, str(number)], [number], has_environment=True)
             for number, host in enumerate(self.allocation.hosts)
         ]
         command = [python, "-m", "harness.training.rank", str(self.run_dir.absolute())]

@@ -56,7 +56,7 @@ def supervise_tasks(
                 process.send_signal(signal.SIGKILL if is_killed else signal.SIGQUIT)  # srun's request to end the step
                 is_killed, deadline = True, time.monotonic() + _DEATH_PATIENCE_S
     end = NodeEnd(
-        failure=_failure(process.returncode, run_dir, num_ranks, requests.sent_to_ranks),
+        failure=step_failure(process.returncode, run_dir, num_ranks, requests.sent_to_ranks),
         is_interrupted=process.returncode == ExitCode.INTERRUPTED,
         is_killed=is_killed,
         is_requested=requests.first is not None,
@@ -84,7 +84,7 @@ def _meeting_point(allocation: Allocation, launch: LaunchConfig) -> dict[str, st
     return {"MASTER_ADDR": address, "MASTER_PORT": str(free_port(_FIRST_PORT + allocation.job_id % _NUM_PORTS))}
 
 
-def _failure(status: int, run_dir: Path, num_ranks: int, requested: signal.Signals | None) -> Failure | None:
+def step_failure(status: int, run_dir: Path, num_ranks: int, requested: signal.Signals | None) -> Failure | None:
     """What the ranks have recorded; else srun's own exit code, which is that of the worst task."""
     now = time.time()
     ends = [RankEnd(rank, ExitCode.OTHER, now, is_killed_by_us=True) for rank in range(num_ranks)]

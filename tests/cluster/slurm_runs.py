@@ -17,8 +17,8 @@ LAST_STEP = 12
 def slurm_run(directory: Path, model: Path, *, name: str, slurm: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """A run file (as a dict) of a few steps, saved every fourth, on two nodes with a rank each."""
     section = {"nodes": 2, "time": "0:10:00", "signal_before_s": 60, **slurm}
-    changes = {"checkpoint__every_steps": 4, "checkpoint__keep_last": 9, **changes}
-    return tiny_run(directory, model, name=name, schedule__steps=LAST_STEP, slurm=section, **changes)
+    changes = {"schedule__steps": LAST_STEP, "checkpoint__every_steps": 4, "checkpoint__keep_last": 9, **changes}
+    return tiny_run(directory, model, name=name, slurm=section, **changes)
 
 
 def submit(cluster: Cluster, run: dict[str, Any], *options: str, **variables: str) -> str:

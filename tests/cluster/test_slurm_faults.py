@@ -117,6 +117,17 @@ def test_announced_stop(
     assert reason.startswith(cause)
 
 
+def test_announced_stop_of_a_task_of_an_array(start: Start, undisturbed: End, cluster: Cluster) -> None:
+    training = start(slurm={"sweep": {"monitor.log_every_steps": [5]}})
+    training.run = {**training.run, "name": "run-0"}
+    training.wait_for_step(STEP)
+    cluster.run(HEAD, "scancel", "--signal=USR2", "--batch", f"{training.job_id}_0")
+    job = training.finish()
+    assert end_of(training.run) == undisturbed
+    assert num_lost_steps(training.run) == 0
+    assert (job["ArrayTaskId"], job["Restarts"]) == ("0", "1")
+
+
 def test_preemption(start: Start, undisturbed: End, cluster: Cluster) -> None:
     training = start(slurm={"partition": "low"})
     training.wait_for_step(STEP)
@@ -171,8 +182,8 @@ def test_lost_node(start: Start, undisturbed: End, cluster: Cluster, host: str, 
         job = training.finish()
         assert host not in cluster.run(HEAD, "scontrol", "show", "hostnames", job["NodeList"]).stdout.split()
         assert end_of(training.run) == undisturbed
-        assert num_lost_steps(training.run) < 2 * SAVE_EVERY
         assert int(job["Restarts"]) >= 1
+        assert num_lost_steps(training.run) < int(job["Restarts"]) * SAVE_EVERY
         if fault == "slurmd":
             assert wait_until(lambda: not cluster.processes(host), 30)
     finally:
@@ -193,6 +204,21 @@ def test_requeue_while_saving(start: Start, undisturbed: End) -> None:
     assert num_lost_steps(training.run) == 0
     assert job["Restarts"] == "1"
     assert not [*checkpoints.glob(".*")]
+
+
+def test_harness_stop(start: Start, undisturbed: End, cluster: Cluster) -> None:
+    """The one stop after which the job does not go on by itself, but when it is submitted again."""
+    training = start()
+    training.wait_for_step(STEP)
+    cluster.run(HEAD, sys.executable, "-m", "harness", "stop", run_dir(training.run))
+    job = cluster.wait_job(training.job_id, {"FAILED"}, TIMEOUT_S)
+    assert (job["Restarts"], job["ExitCode"]) == ("0", "75:0")
+    again = Training(cluster, training.run)
+    again.finish()
+    assert end_of(again.run) == undisturbed
+    assert num_lost_steps(again.run) == 0
+    [reason] = again.reasons()
+    assert reason.startswith("harness stop: ")
 
 
 def test_no_progress(start: Start) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.cluster.cluster import HEAD, Cluster
 from tests.cluster.slurm_runs import final_checkpoint, launches, run_dir, slurm_run, submit, training_job
-from tests.runs import harness, same_state, steps_of, write_run
+from tests.runs import REPOSITORY, harness, same_state, steps_of, write_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
@@ -109,6 +109,18 @@ def test_array_of_overrides_is_scored_task_by_task(
         assert (run_dir(task) / "evaluations/step-00000005-pairs-beam1/scores.json").is_file()
     assert len(set(losses)) == 4
     assert max(losses[:2]) < min(losses[2:])  # the higher rate has learnt more
+
+
+def test_template_by_hand(
+    cluster: Cluster, tmp_path: Path, tiny_models: dict[str, Path], local: dict[str, Any]
+) -> None:
+    """From the checkout, with options instead of another header."""
+    run = slurm_run(tmp_path, tiny_models["mbart"], name="by-hand", slurm={}, launch__processes=1)
+    header = ("--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1", "--mem=1000", f"--output={tmp_path}/slurm-%j.out")
+    command = ("sbatch", "--parsable", *header, "slurm/multi-node.sbatch", write_run(run), "checkpoint.keep_last=5")
+    cluster.wait_job(cluster.run(HEAD, *command, cwd=REPOSITORY).stdout.strip(), {"COMPLETED"})
+    assert json.loads((run_dir(run) / "plan.json").read_text())["config"]["checkpoint"]["keep_last"] == 5
+    assert_same_run(run, local)
 
 
 def test_slurm_says_what_it_would_do(cluster: Cluster, tmp_path: Path, tiny_models: dict[str, Path]) -> None:
