@@ -34,7 +34,10 @@ _FORMATS_OF_KEY: dict[str, tuple[str, ...]] = {
 }
 # Other keys, of one task or of the tasks that decode.
 _LABEL_KEYS = ("classification", "loss.focal_gamma", "loss.class_weights")
-_BEAM_KEYS = ("beam_size", "length_penalty", "max_target_length", "max_length_ratio", "max_tokens_per_device")
+_BEAM_KEYS = (
+    "preset", "beam_size", "length_penalty", "max_target_length", "max_length_ratio", "min_target_length",
+    "no_repeat_ngram", "repetition_penalty", "max_tokens_per_device",
+)  # fmt: skip
 _TASKS_OF_KEY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_LABEL_KEYS, ("classification",)),
     **dict.fromkeys((f"evaluation.{key}" for key in _BEAM_KEYS), ("translation", "causal_lm")),

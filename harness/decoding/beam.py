@@ -1,24 +1,26 @@
-"""Beam search behind our own interface; Hugging Face `generate` does the search for now.
+"""Beam search behind one interface: settings, batches, and rows in, hypotheses out.
 
 Nothing of the model's own generation_config.json reaches the search: every setting is given here.
 
-Shapes: B rows, N hypotheses a row, S source positions, T target positions, V vocabulary.
+Shapes: B rows, S source positions, P positions of the decoder's prefix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from harness.io import heartbeat
-
-SCORE_FORMULA = "sum log p / T^length_penalty; T counts every output token: forced language tag and </s> included"
-
+from harness.config.schema import PresetName
+from harness.decoding.constraints import Constraints
+from harness.decoding.decode import Decoder, Hypothesis, Search, Source
+from harness.decoding.presets import PRESETS, Preset, Stop
+from harness.decoding.sampling import Sampling
+from harness.decoding.search import BeamSearch, Chain
 
 EXTRA_LENGTH = 10  # tokens that `max_length_ratio` allows beyond the multiple of the source
 
@@ -28,8 +30,9 @@ class BeamSettings:
     """How to search. `max_length` is the longest output in tokens (forced tag and </s> counted, decoder start not).
 
     With `max_length_ratio` a row's output is also no longer than ratio x its own source + 10, whoever shares its batch:
-    </s> is forced there. `beam_size` 1 is greedy. The score of a hypothesis is SCORE_FORMULA; the `num_hypotheses` best
-    are returned.
+    </s> is forced there. `beam_size` 1 is greedy. `preset` says how a hypothesis is scored (`formula`) and when the
+    search stops; `early_stopping` is Hugging Face's and changes when `hf` does. The `num_hypotheses` best are returned.
+    `sampling` draws one output instead of searching.
     """
 
     beam_size: int
@@ -37,18 +40,29 @@ class BeamSettings:
     max_length: int
     max_length_ratio: float | None = None
     num_hypotheses: int = 1
+    preset: PresetName = "hf"
+    early_stopping: bool | Literal["never"] = False
+    constraints: Constraints | None = None
+    sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_hypotheses <= self.beam_size:
             raise ValueError(f"num_hypotheses={self.num_hypotheses} must lie between 1 and beam_size={self.beam_size}")
+        if self.early_stopping and self.preset != "hf":
+            raise ValueError(f"early_stopping={self.early_stopping} is of hf; {self.preset} has a rule of its own")
+        if self.sampling and self.beam_size > 1:
+            raise ValueError(f"sampling draws one output: beam_size={self.beam_size} must be 1")
 
+    @property
+    def convention(self) -> Preset:
+        """The preset, as `early_stopping` changes it."""
+        stop: Stop = "impossible" if self.early_stopping == "never" else "full" if self.early_stopping else "unlikely"
+        return replace(PRESETS["hf"], stop=stop) if self.preset == "hf" else PRESETS[self.preset]
 
-@dataclass(frozen=True)
-class Hypothesis:
-    """An output without decoder start, forced first token, </s> and padding; `score` as in SCORE_FORMULA."""
-
-    token_ids: list[int]
-    score: float
+    @property
+    def formula(self) -> str:
+        """The score of a hypothesis in words."""
+        return self.convention.formula
 
 
 class Turn(NamedTuple):
@@ -94,170 +108,93 @@ def beam_search(
     settings: BeamSettings,
     synced: bool,
 ) -> list[list[Hypothesis]]:
-    """The `settings.num_hypotheses` best outputs of each of B rows, best first.
+    """The `settings.num_hypotheses` best outputs of each of B rows, best first, all decoded at once.
 
-    `model` is a Hugging Face model (`engine.module` under DeepSpeed), perhaps with an adapter. Without
-    `decoder_start_B` it is a decoder that goes on with the prompts `input_ids_BS`, padded at their start.
-    `forced_first` is the token that every output, or each row's output, must begin with; `pad` and `ends` are the
-    padding and the tokens that end an output (default: those of config.json). `synced`: parameters are shared between
-    ranks (ZeRO-3), so every rank must make the same number of calls and goes on with the others until the last one has
-    finished.
+    Without `decoder_start_B` the model is a decoder that goes on with the prompts `input_ids_BS`, padded at their
+    start. `forced_first` is the token that every output, or each row's output, must begin with; `pad` and `ends` are
+    the padding and the tokens that end an output (default: those of config.json). The rest is as in `decode`.
     """
-    pad = model.config.pad_token_id if pad is None else pad
-    ends = list(ends) or _as_list(model.config.eos_token_id)
-    num_before = 1 if decoder_start_B is not None else input_ids_BS.shape[1]
-    limits_B = None
-    if settings.max_length_ratio is not None:
-        limits_B = (attention_mask_BS.sum(dim=1) * settings.max_length_ratio).long() + EXTRA_LENGTH
-    constraints = _Constraints(pad, ends, forced_first, limits_B, settings.beam_size, num_before)
-    greedy = _GreedyScores(constraints, ends, settings.length_penalty) if settings.beam_size == 1 else None
-    generation = _generation_settings(decoder_start_B, pad, ends, settings)
-    with _prepared(model, generation), _finished_beams(_without_adapter(model)) as scores:
-        sequences = model.generate(
-            input_ids=input_ids_BS,
-            attention_mask=attention_mask_BS,
-            logits_processor=[greedy or constraints],
-            synced_gpus=synced,
-        )
-    num_prefix = num_before + (forced_first is not None)
-    outputs = [_cut(tokens[num_prefix:], {pad, *ends}) for tokens in sequences.tolist()]
-    best_BN = greedy.scores().unsqueeze(1) if greedy else scores[-1][:, : settings.num_hypotheses]
-    flat = [Hypothesis(*pair) for pair in zip(outputs, best_BN.flatten().tolist(), strict=True)]
-    return [flat[start : start + settings.num_hypotheses] for start in range(0, len(flat), settings.num_hypotheses)]
+    sizes = attention_mask_BS.sum(dim=1).tolist()
+    width = input_ids_BS.shape[1]
+    forced_B = None if forced_first is None else torch.as_tensor(forced_first).expand(len(sizes))
+
+    def collate(rows: list[int]) -> dict[str, Any]:
+        longest = max(sizes[row] for row in rows)
+        used = slice(width - longest, None) if decoder_start_B is None else slice(None, longest)
+        return {
+            "input_ids_BS": input_ids_BS[rows, used],
+            "attention_mask_BS": attention_mask_BS[rows, used],
+            "decoder_start_B": None if decoder_start_B is None else decoder_start_B[rows],
+            "forced_first": None if forced_B is None else forced_B[rows],
+            "pad": pad,
+            "ends": ends,
+        }
+
+    def agree(values: list[float]) -> list[float]:
+        total = torch.tensor(values, dtype=torch.float64, device=input_ids_BS.device)
+        dist.all_reduce(total)
+        return list(total.tolist())
+
+    together = agree if synced and dist.is_initialized() else list
+    found = decode(model, sizes, collate, settings=settings, max_tokens=torch.inf, synced=synced, agree=together)
+    assert found is not None, "nobody asked to stop"
+    return [found[row] for row in range(len(sizes))]
 
 
-def _generation_settings(
-    decoder_start_B: Tensor | None, pad: int, ends: Sequence[int], settings: BeamSettings
-) -> dict[str, Any]:
-    """Everything `generate` is told besides `_Constraints`."""
-    start = {} if decoder_start_B is None else {"decoder_start_token_id": decoder_start_B.tolist()}
-    return start | {
-        "num_beams": settings.beam_size,
-        "num_return_sequences": settings.num_hypotheses,
-        "length_penalty": settings.length_penalty if settings.beam_size > 1 else None,
-        "max_new_tokens": settings.max_length,
-        "early_stopping": False,
-        "do_sample": False,
-        "use_cache": True,
-        "pad_token_id": pad,
-        "eos_token_id": list(ends),
-    }
+def decode(
+    model: Any,
+    sizes: Sequence[int],
+    collate: Callable[[list[int]], dict[str, Any]],
+    *,
+    settings: BeamSettings,
+    max_tokens: float,
+    rows: Sequence[int] | None = None,
+    synced: bool = False,
+    agree: Callable[[list[float]], list[float]] = list,
+    stop_wanted: Callable[[], bool] = lambda: False,
+) -> dict[int, list[Hypothesis]] | None:
+    """The best outputs of `rows` (default: all), best first; None on every rank if one wants to stop.
 
-
-def _without_adapter(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-@contextmanager
-def _prepared(model: Any, settings: dict[str, Any]) -> Iterator[None]:
-    """The model in evaluation mode with a generation config of nothing but `settings`; both put back afterwards."""
-    base = _without_adapter(model)
-    own_config, was_training = base.generation_config, model.training
-    base.generation_config = model.generation_config = type(own_config)(**settings)
-    model.eval()
-    try:
-        yield
-    finally:
-        base.generation_config = model.generation_config = own_config
-        model.train(was_training)
-
-
-class _Constraints:
-    """Logits processor: each row's first output token may be given (log p = 0), a row that has reached its own length
-    limit ends (log p of </s> = 0), and padding is never an output, unless it is what ends one.
-
-    Marian needs the last: its padding embedding is also the decoder start and may win. `num_before` tokens stand
-    before the first output.
+    `model` is a Hugging Face model (`engine.module` under DeepSpeed), perhaps with an adapter. `sizes` are source
+    tokens by row, `collate` gives what `DecodingTask.collate_sources` does. At any time no more than `max_tokens` are
+    decoded, rows x beams x longest source. With several ranks `agree` adds numbers up over them. `synced`: parameters
+    are shared between ranks (ZeRO-3), so ranks move in step until the last one has finished.
     """
+    if not sizes:
+        return {}
+    known = collate([0])
+    pad, ends = known.get("pad"), known.get("ends") or _as_list(model.config.eos_token_id)
+    search = _search(settings, model.config.pad_token_id if pad is None else pad, ends)
 
-    def __init__(
-        self,
-        pad: int,
-        ends: Sequence[int],
-        forced_first: int | Sequence[int] | None,
-        limits_B: Tensor | None,
-        beam_size: int,
-        num_before: int,
-    ) -> None:
-        self.never = torch.tensor([] if pad in ends else [pad], dtype=torch.long)
-        self.eos, self.limits_B, self.beam_size, self.num_before = ends[0], limits_B, beam_size, num_before
-        self.forced_first = None if forced_first is None else torch.as_tensor(forced_first)
+    def fetch(wanted: list[int]) -> Source:
+        return _source(**collate(wanted))
 
-    def __call__(self, tokens: Tensor, scores: Tensor) -> Tensor:
-        heartbeat.beat("evaluation")
-        if self.forced_first is None or not self.is_first(tokens):
-            allowed = scores.index_fill(1, self.never.to(scores.device), -torch.inf)
-            is_last = self.is_last(tokens)
-            allowed[is_last] = -torch.inf
-            allowed[is_last, self.eos] = 0.0
-            return allowed
-        rows = self.forced_first.to(scores.device).expand(len(scores) // self.beam_size)
-        first = rows.repeat_interleave(self.beam_size).unsqueeze(1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, first, 0.0)
-
-    def is_first(self, tokens: Tensor) -> bool:
-        """Whether the outputs are still empty."""
-        return tokens.shape[1] == self.num_before
-
-    def is_last(self, tokens: Tensor) -> Tensor:
-        """Which of the B x beams running outputs must end now."""
-        if self.limits_B is None:
-            return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-        num_outputs = tokens.shape[1] - self.num_before + 1
-        return (num_outputs >= self.limits_B).repeat_interleave(self.beam_size)
+    decoder = Decoder(model, search, sizes, fetch, max_tokens, synced, agree, stop_wanted)
+    return decoder(range(len(sizes)) if rows is None else rows)
 
 
-class _GreedyScores:
-    """Logits processor around `_Constraints`: adds up log p of the tokens that greedy search takes."""
-
-    def __init__(self, constraints: _Constraints, ends: Sequence[int], length_penalty: float) -> None:
-        self.constraints, self.ends, self.length_penalty = constraints, torch.tensor(ends), length_penalty
-
-    def __call__(self, tokens: Tensor, scores: Tensor) -> Tensor:
-        allowed = self.constraints(tokens, scores)
-        is_first = self.constraints.is_first(tokens)
-        log_p_B = allowed.amax(-1) - scores.logsumexp(-1)
-        if is_first and self.constraints.forced_first is not None:
-            log_p_B = torch.zeros_like(log_p_B)
-        log_p_B = log_p_B.masked_fill(self.constraints.is_last(tokens), 0.0)
-        if is_first:
-            self.sum_B, self.length_B, self.open_B = log_p_B, torch.ones_like(log_p_B), torch.ones_like(log_p_B)
-        else:
-            self.open_B *= ~torch.isin(tokens[:, -1], self.ends.to(tokens.device))
-            self.sum_B += self.open_B * log_p_B
-            self.length_B += self.open_B
-        return allowed
-
-    def __deepcopy__(self, memo: object) -> _GreedyScores:
-        return self  # PEFT copies what it gets when it puts virtual tokens in front
-
-    def scores(self) -> Tensor:
-        return self.sum_B / self.length_B**self.length_penalty
+def _search(settings: BeamSettings, pad: int, ends: Sequence[int]) -> Search:
+    """What the decoder is told of the settings."""
+    one, ratio = settings, settings.max_length_ratio
+    options = (tuple(ends), one.length_penalty, one.convention)
+    rule = Chain(*options, one.sampling) if one.beam_size == 1 else BeamSearch(*options, one.num_hypotheses)
+    limits = None if ratio is None else lambda sizes_R: (sizes_R * ratio).long() + EXTRA_LENGTH
+    return Search(one.beam_size, one.num_hypotheses, rule, pad, one.max_length, limits, one.constraints)
 
 
-@contextmanager
-def _finished_beams(model: Any) -> Iterator[list[Tensor]]:
-    """Gets the scores of the finished beams [B, beams] where `generate` computes them; the last entry is the final one.
-
-    Its own `output_scores` would keep log p of the whole vocabulary for every beam and step (tens of GB at V = 250k).
-    """
-    scores: list[Tensor] = []
-    update = model._update_finished_beams
-
-    def update_and_keep(**state: Any) -> Any:
-        result = update(**state)
-        scores[:] = [result[1]]
-        return result
-
-    model._update_finished_beams = update_and_keep
-    try:
-        yield scores
-    finally:
-        del model._update_finished_beams
-
-
-def _cut(tokens: list[int], ends: set[int]) -> list[int]:
-    return next((tokens[:index] for index, token in enumerate(tokens) if token in ends), tokens)
+def _source(
+    input_ids_BS: Tensor,
+    attention_mask_BS: Tensor,
+    decoder_start_B: Tensor | None = None,
+    forced_first: Sequence[int] | Tensor | None = None,
+    pad: int | None = None,
+    ends: Sequence[int] = (),
+) -> Source:
+    """Sources with what their decoders start with."""
+    starts = [] if decoder_start_B is None else [decoder_start_B]
+    forced = [] if forced_first is None else [torch.as_tensor(forced_first, device=input_ids_BS.device)]
+    prefix_BP = torch.stack([*starts, *forced], dim=1) if starts or forced else input_ids_BS[:, :0]
+    return Source(input_ids_BS, attention_mask_BS, prefix_BP, len(forced))
 
 
 def _as_list(value: int | list[int]) -> list[int]:

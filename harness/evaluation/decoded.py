@@ -10,12 +10,12 @@ from typing import Any
 
 from harness.config.schema import EvaluationConfig, RunConfig
 from harness.data.encoded import EncodedRows
-from harness.decoding.beam import BeamSettings, beam_search, deal, decoding_batches
+from harness.decoding.beam import BeamSettings, decode
+from harness.decoding.constraints import Constraints
 from harness.engine.processes import Processes
 from harness.evaluation.report import write_evaluation
 from harness.evaluation.result import Evaluation, EvaluationInterrupted
 from harness.evaluation.scores import Scores, corpus_scores
-from harness.io import heartbeat
 from harness.tasks.task import DecodingTask
 
 
@@ -49,12 +49,15 @@ class Decoded(Evaluation):
 
 def beam_settings(options: EvaluationConfig, max_target_length: int, num_hypotheses: int = 1) -> BeamSettings:
     """The search that `evaluation:` asks for; `max_target_length` is the limit where it names none."""
+    constraints = Constraints(options.min_target_length, options.no_repeat_ngram, options.repetition_penalty)
     return BeamSettings(
         options.beam_size,
         options.length_penalty,
         options.max_target_length or max_target_length,
         options.max_length_ratio,
         num_hypotheses,
+        options.preset,
+        constraints=None if constraints == Constraints() else constraints,
     )
 
 
@@ -102,22 +105,18 @@ def decode_rows(
 ) -> list[str]:
     """Text of the best hypothesis of each of the first `num_rows` rows, in row order, on every rank.
 
-    Batches are a function of the rows alone and are dealt to the ranks, so the output does not depend on their number.
-    Raises EvaluationInterrupted on all ranks when one of them wants to stop.
+    Rows are dealt to the ranks by length. Raises EvaluationInterrupted on all ranks when one of them wants to stop.
     """
     sizes = rows.source_sizes[:num_rows].tolist()
-    batches = decoding_batches(sizes, beam_size=settings.beam_size, max_tokens=max_tokens)
-    found: list[tuple[int, str]] = []
-    for turn in deal(batches, processes.rank, processes.world_size):
-        heartbeat.beat("evaluation")
-        if processes.sum([stop_wanted()])[0]:
-            raise EvaluationInterrupted
-        inputs = task.collate_sources(rows.take(turn.rows), processes.device)
-        best = beam_search(model, **inputs, settings=settings, synced=synced)
-        if turn.counts:
-            found += [
-                (row, task.to_text(hypotheses[0].token_ids)) for row, hypotheses in zip(turn.rows, best, strict=True)
-            ]
-    everyone = sorted(tuple(pair) for part in processes.gather(found) for pair in part)
+    longest_first = sorted(range(len(sizes)), key=lambda row: (-sizes[row], row))
+    found = decode(
+        model, sizes, lambda ids: task.collate_sources(rows.take(ids), processes.device),
+        settings=settings, max_tokens=max_tokens, rows=longest_first[processes.rank :: processes.world_size],
+        synced=synced, agree=processes.sum, stop_wanted=stop_wanted,
+    )  # fmt: skip
+    if found is None:
+        raise EvaluationInterrupted
+    mine = [(row, task.to_text(hypotheses[0].token_ids)) for row, hypotheses in found.items()]
+    everyone = sorted(tuple(pair) for part in processes.gather(mine) for pair in part)
     assert [row for row, _ in everyone] == list(range(len(sizes))), "every row is decoded exactly once"
     return [text for _, text in everyone]

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harness.decoding.beam import SCORE_FORMULA, BeamSettings
+from harness.decoding.beam import BeamSettings
 from harness.errors import HarnessError
 from harness.evaluation.page import render_page
 from harness.evaluation.scores import Scores, one_line
@@ -92,7 +92,7 @@ def _summary(
         "sentences": num_sentences,
         "decode_seconds": round(decode_seconds, 3),
         "beam": asdict(settings),
-        "hypothesis_score": SCORE_FORMULA,
+        "hypothesis_score": settings.formula,
     }
 
 

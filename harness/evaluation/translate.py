@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 
 from harness.data.rows import Row
-from harness.decoding.beam import BeamSettings, beam_search, decoding_batches
+from harness.decoding.beam import BeamSettings, decode
 from harness.tasks.translation import TranslationTask
 
 
 class Output(NamedTuple):
-    """One output of a line, with its score (SCORE_FORMULA)."""
+    """One output of a line, with its score (`BeamSettings.formula`)."""
 
     text: str
     score: float
@@ -48,11 +48,14 @@ class Translator:
         results = [Translated([], one.truncated) for one in encoded]
         filled = [index for index, row in enumerate(rows) if row.source.strip()]
         sizes = [len(encoded[index].input_ids) for index in filled]
-        for batch in decoding_batches(sizes, beam_size=self.settings.beam_size, max_tokens=self.max_tokens):
-            chosen = [filled[place] for place in batch]
-            examples = [(encoded[i].input_ids, encoded[i].labels, encoded[i].marker) for i in chosen]
-            inputs = self.task.collate_sources(examples, self.device)
-            found = beam_search(self.model, **inputs, settings=self.settings, synced=False)
-            for index, hypotheses in zip(chosen, found, strict=True):
-                results[index].outputs.extend(Output(self.task.to_text(one.token_ids), one.score) for one in hypotheses)
+
+        def collate(places: list[int]) -> dict[str, Any]:
+            chosen = [encoded[filled[place]] for place in places]
+            examples = [(one.input_ids, one.labels, one.marker) for one in chosen]
+            return self.task.collate_sources(examples, self.device)
+
+        found = decode(self.model, sizes, collate, settings=self.settings, max_tokens=self.max_tokens)
+        assert found is not None, "nobody asked to stop"
+        for place, hypotheses in found.items():
+            results[filled[place]].outputs.extend(Output(self.task.to_text(o.token_ids), o.score) for o in hypotheses)
         return results

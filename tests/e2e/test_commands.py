@@ -103,6 +103,7 @@ class TestEvaluate:
         directory = trained.test_dir.with_name(f"{trained.test_dir.name}-beam1")
         assert scores_of(directory)["beam"] == {
             "beam_size": 1, "length_penalty": 1.0, "max_length": 9, "max_length_ratio": None, "num_hypotheses": 1,
+            "preset": "hf", "early_stopping": False, "constraints": None, "sampling": None,
         }  # fmt: skip
         assert (trained.test_dir / "scores.json").read_bytes() == before
         assert str(directory) in capsys.readouterr().out

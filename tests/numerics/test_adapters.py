@@ -11,7 +11,12 @@ import pytest
 import torch
 from peft import AdaLoraConfig, PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+)
 
 from harness.config.schema import AdapterConfig, Task
 from harness.decoding.beam import BeamSettings, beam_search
@@ -206,3 +211,22 @@ def test_greedy_search_takes_what_the_forward_pass_finds_best(
             outputs.append(best)
         assert hypothesis.token_ids == outputs
         assert hypothesis.score == pytest.approx(score, abs=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "mbart"])
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_beam_search_finds_what_generate_finds(method: str, family: str, directories: dict[str, Path]) -> None:
+    model = trained_adapter(directories[family], family, method)
+    sources_BS, mask_BS = inputs_of("llama")["input_ids"][:2], torch.ones(2, 9, dtype=torch.long)
+    settings = BeamSettings(beam_size=4, length_penalty=0.7, max_length=8)
+    starts = {"decoder_start_B": torch.full((2,), 7)} if family == "mbart" else {}
+    found = beam_search(model, sources_BS, mask_BS, **starts, settings=settings, synced=False, pad=1, ends=[2])
+    start = {"decoder_start_token_id": 7} if family == "mbart" else {}
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.generation_config = GenerationConfig()
+    expected = model.generate(
+        input_ids=sources_BS, attention_mask=mask_BS, num_beams=4, length_penalty=0.7, max_new_tokens=8,
+        suppress_tokens=[1], pad_token_id=1, eos_token_id=2, output_scores=True, return_dict_in_generate=True, **start,
+    )  # fmt: skip
+    scores = [one[0].score for one in found]
+    assert scores == pytest.approx(expected.sequences_scores.tolist(), rel=1e-4)

@@ -24,7 +24,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from harness.decoding.beam import BeamSettings, Hypothesis, beam_search, deal, decoding_batches
+from harness.decoding.beam import BeamSettings, Hypothesis, beam_search, deal, decode, decoding_batches
+from tests.lockstep import decode_in_step
 
 VOCABULARY, ROWS = 40, 6
 PAD, EOS = 1, 2
@@ -40,14 +41,21 @@ T5_SHAPE = {
     "decoder_start_token_id": PAD,
 }  # fmt: skip
 FAMILIES = {
+    "mbart50": lambda: MBartForConditionalGeneration(MBartConfig(**BART_SHAPE)),
     "mbart": lambda: MBartForConditionalGeneration(MBartConfig(**BART_SHAPE)),
     "m2m_100": lambda: M2M100ForConditionalGeneration(M2M100Config(**BART_SHAPE)),
     "marian": lambda: MarianMTModel(MarianConfig(**BART_SHAPE, decoder_start_token_id=PAD)),
     "t5": lambda: T5ForConditionalGeneration(T5Config(**T5_SHAPE)),
 }
 # decoder start, forced first token
-PREFIXES = {"mbart": (LANGUAGE, None), "m2m_100": (EOS, LANGUAGE), "marian": (PAD, None), "t5": (PAD, None)}
-SEEDS = {"mbart": 0, "m2m_100": 0, "marian": 2, "t5": 0}
+PREFIXES = {
+    "mbart50": (EOS, LANGUAGE),
+    "mbart": (LANGUAGE, None),
+    "m2m_100": (EOS, LANGUAGE),
+    "marian": (PAD, None),
+    "t5": (PAD, None),
+}
+SEEDS = {"mbart50": 1, "mbart": 0, "m2m_100": 0, "marian": 2, "t5": 0}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -86,6 +94,21 @@ def search(model, family, batch, settings, synced=False) -> list[list[Hypothesis
     return beam_search(model, *batch, decoder_start_B=starts_B, forced_first=forced, settings=settings, synced=synced)
 
 
+def decode_rows_of(model, family, batch, settings, **options):
+    """Each row read by itself, as an evaluation reads its rows."""
+    start, forced = PREFIXES[family]
+    sizes = batch[1].sum(dim=1).tolist()
+
+    def collate(rows: list[int]) -> dict:
+        longest = max(sizes[row] for row in rows)
+        return {
+            "input_ids_BS": batch[0][rows, :longest], "attention_mask_BS": batch[1][rows, :longest],
+            "decoder_start_B": torch.full((len(rows),), start), "forced_first": forced and [forced] * len(rows),
+        }  # fmt: skip
+
+    return decode(model, sizes, collate, settings=settings, **options)
+
+
 def canonical(model, family, batch, settings):
     """What a user of transformers would write (mBART's configuration would add a forced last </s>)."""
     model.generation_config.forced_eos_token_id = None
@@ -94,7 +117,7 @@ def canonical(model, family, batch, settings):
         input_ids=batch[0], attention_mask=batch[1], num_beams=settings.beam_size, decoder_start_token_id=start,
         forced_bos_token_id=forced, length_penalty=settings.length_penalty, max_new_tokens=settings.max_length,
         num_return_sequences=settings.num_hypotheses, suppress_tokens=[PAD], return_dict_in_generate=True,
-        output_scores=True,
+        output_scores=True, early_stopping=settings.early_stopping,
     )  # fmt: skip
 
 
@@ -115,6 +138,67 @@ def test_equals_generate_with_canonical_arguments(model, family, beam_size, num_
     num_prefix = 1 if PREFIXES[family][1] is None else 2
     assert [one.token_ids for one in flat] == [content(row, num_prefix) for row in expected.sequences.tolist()]
     torch.testing.assert_close(torch.tensor([one.score for one in flat]), expected.sequences_scores)
+
+
+@pytest.mark.parametrize("length_penalty", [1.0, 0.6, 0.0, -1.0])
+@pytest.mark.parametrize("beam_size", [1, 2, 5])
+def test_rows_that_come_and_go_get_what_generate_gives_each_batch(model, family, beam_size, length_penalty):
+    """Twelve ragged rows, room for about three of them at a time."""
+    settings = BeamSettings(beam_size, length_penalty, max_length=20, num_hypotheses=beam_size)
+    batch = make_batch(rows=12)
+    expected = canonical(model, family, batch, settings)
+    found = decode_rows_of(model, family, batch, settings, max_tokens=3 * 8 * beam_size)
+    num_prefix = 1 if PREFIXES[family][1] is None else 2
+    for row in range(12):
+        mine = slice(row * beam_size, (row + 1) * beam_size)
+        outputs = [content(tokens, num_prefix) for tokens in expected.sequences[mine].tolist()]
+        assert [one.token_ids for one in found[row]] == outputs
+        if beam_size > 1:
+            scores = [one.score for one in found[row]]
+            assert scores == pytest.approx(expected.sequences_scores[mine].tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("length_penalty", [1.0, -0.5])
+@pytest.mark.parametrize("early_stopping", [True, "never"])
+def test_early_stopping_is_that_of_generate(model, family, early_stopping, length_penalty):
+    settings = BeamSettings(4, length_penalty, max_length=20, early_stopping=early_stopping)
+    batch = make_batch(rows=12)
+    expected = canonical(model, family, batch, settings)
+    num_prefix = 1 if PREFIXES[family][1] is None else 2
+    found = [row[0] for row in search(model, family, batch, settings)]
+    assert [one.token_ids for one in found] == [content(tokens, num_prefix) for tokens in expected.sequences.tolist()]
+    assert [one.score for one in found] == pytest.approx(expected.sequences_scores.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["fairseq", "gnmt", "marian", "opennmt", "ctranslate2"])
+def test_every_preset_decodes_a_model_and_gives_its_own_scores(preset):
+    model, batch = make_model("mbart"), make_batch(rows=12)
+    settings = BeamSettings(4, 1.0, max_length=20, num_hypotheses=2, preset=preset)
+    found = decode_rows_of(model, "mbart", batch, settings, max_tokens=100)
+    for row in range(12):
+        for one in found[row]:
+            ended = len(one.token_ids) < 20
+            outputs = torch.tensor([one.token_ids + [EOS] * ended])
+            inputs = torch.cat([torch.tensor([[LANGUAGE]]), outputs[:, :-1]], dim=1)
+            with torch.no_grad():
+                logits = model(batch[0][row : row + 1], batch[1][row : row + 1], decoder_input_ids=inputs).logits
+            log_p = logits.log_softmax(-1).gather(2, outputs.unsqueeze(2)).sum()
+            divisor = settings.convention.divisor(torch.tensor(outputs.shape[1]), torch.tensor(ended), 1.0)
+            assert one.score == pytest.approx(float(log_p / divisor), rel=1e-4)
+        assert found[row][0].score >= found[row][1].score
+
+
+@pytest.mark.parametrize("beam_size", [1, 4])
+def test_no_budget_no_order_and_no_neighbour_changes_a_row(model, family, beam_size):
+    settings = BeamSettings(beam_size, 1.0, max_length=20)
+    batch = make_batch(rows=12)
+    alone = [search(model, family, (batch[0][i : i + 1], batch[1][i : i + 1]), settings)[0][0] for i in range(12)]
+    for max_tokens, rows in [(0, range(12)), (150, range(12)), (400, [7, 3, 11, 0]), (10**6, range(11, -1, -1))]:
+        found = decode_rows_of(model, family, batch, settings, max_tokens=max_tokens, rows=rows)
+        assert sorted(found) == sorted(rows)
+        for row in rows:
+            assert found[row][0].token_ids == alone[row].token_ids
+            assert found[row][0].score == pytest.approx(alone[row].score, abs=1e-5)
 
 
 def test_greedy_equals_generate_and_the_sum_of_its_log_probabilities(model, family):
@@ -217,6 +301,32 @@ def test_dealing_gives_each_batch_to_one_rank_and_all_ranks_equally_many(batches
     dealt = [turn.rows for turns in zip(*hands, strict=True) for turn in turns if turn.counts]
     assert dealt == batches
     assert all(turn.rows for hand in hands for turn in hand)
+
+
+def test_ranks_that_share_parameters_move_in_step_whatever_their_rows():
+    model, batch = make_model("mbart"), make_batch(rows=12)
+    hands = [[list(range(12)), []], [[0], list(range(1, 12))], [[3, 4], [5]], [[1, 2, 3], [4], []], [[], [7]]]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(15):
+        ranks = torch.randint(0, 3, (12,), generator=generator).tolist()
+        hands.append([[row for row in range(12) if ranks[row] == rank] for rank in range(3)])
+    settings = BeamSettings(3, 1.0, max_length=12)
+    alone = search(model, "mbart", batch, settings)
+    for hand in hands:
+        calls, found = decode_in_step(
+            model, ["model.encoder", "model.decoder"], hand,
+            lambda model, **options: decode_rows_of(model, "mbart", batch, settings, max_tokens=80, **options),
+        )  # fmt: skip
+        assert all(one == calls[0] for one in calls)
+        assert set(calls[0]) == {"model.encoder", "model.decoder"}
+        assert [sorted(rows) for rows in found] == [sorted(rows) for rows in hand]
+        assert all(one[0].token_ids == alone[row][0].token_ids for rows in found for row, one in rows.items())
+
+
+def test_a_wish_to_stop_ends_the_search():
+    model, batch = make_model("mbart"), make_batch(rows=12)
+    settings = BeamSettings(3, 1.0, max_length=12)
+    assert decode_rows_of(model, "mbart", batch, settings, max_tokens=80, stop_wanted=lambda: True) is None
 
 
 SOURCE_SIZES = make_batch(rows=11)[1].sum(1).tolist()

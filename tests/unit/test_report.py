@@ -76,6 +76,10 @@ def test_scores_json_has_values_signatures_and_conditions(tmp_path):
         "max_length": 100,
         "max_length_ratio": None,
         "num_hypotheses": 1,
+        "preset": "hf",
+        "early_stopping": False,
+        "constraints": None,
+        "sampling": None,
     }
     assert "length_penalty" in summary["hypothesis_score"]
 
