@@ -1,5 +1,6 @@
-"""``python -m harness.cluster.probe_job DIRECTORY ...``: what the script of a job starts in place of `harness train`; it
-starts the probe on every node as training starts its supervisors."""
+"""``python -m harness.cluster.probe_job DIRECTORY ...``: what the script of a probing job starts on its first node.
+
+It starts the probe on every node as training starts its supervisors."""
 
 from __future__ import annotations
 
