@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from harness.config.schema import PresetName
@@ -63,82 +62,6 @@ class BeamSettings:
     def formula(self) -> str:
         """The score of a hypothesis in words."""
         return self.convention.formula
-
-
-class Turn(NamedTuple):
-    """One batch of one rank; if `counts` is false it only keeps the rank in step and its output is thrown away."""
-
-    rows: list[int]
-    counts: bool
-
-
-def decoding_batches(source_sizes: Sequence[int], *, beam_size: int, max_tokens: int) -> list[list[int]]:
-    """Row ids in batches, longest sources first: rows x beams x longest source <= `max_tokens`.
-
-    A pure function of its arguments, so hypotheses do not depend on the number of ranks. Each row stands in exactly
-    one batch; a row that is too large by itself is a batch of its own.
-    """
-    batches: list[list[int]] = []
-    room = 0
-    for row in sorted(range(len(source_sizes)), key=lambda row: (-source_sizes[row], row)):
-        if room == 0:
-            batches.append([])
-            room = max(1, max_tokens // (beam_size * max(1, source_sizes[row])))
-        batches[-1].append(row)
-        room -= 1
-    return batches
-
-
-def deal(batches: Sequence[list[int]], rank: int, world_size: int) -> list[Turn]:
-    """This rank's batches, dealt round robin. All ranks get equally many: the last batch, the cheapest, fills up."""
-    num_turns = -(-len(batches) // world_size)
-    mine = [rank + turn * world_size for turn in range(num_turns)]
-    return [Turn(batches[index], True) if index < len(batches) else Turn(batches[-1], False) for index in mine]
-
-
-def beam_search(
-    model: Any,
-    input_ids_BS: Tensor,
-    attention_mask_BS: Tensor,
-    *,
-    decoder_start_B: Tensor | None = None,
-    forced_first: int | Sequence[int] | None = None,
-    pad: int | None = None,
-    ends: Sequence[int] = (),
-    settings: BeamSettings,
-    synced: bool,
-) -> list[list[Hypothesis]]:
-    """The `settings.num_hypotheses` best outputs of each of B rows, best first, all decoded at once.
-
-    Without `decoder_start_B` the model is a decoder that goes on with the prompts `input_ids_BS`, padded at their
-    start. `forced_first` is the token that every output, or each row's output, must begin with; `pad` and `ends` are
-    the padding and the tokens that end an output (default: those of config.json). The rest is as in `decode`.
-    """
-    sizes = attention_mask_BS.sum(dim=1).tolist()
-    width = input_ids_BS.shape[1]
-    forced_B = None if forced_first is None else torch.as_tensor(forced_first).expand(len(sizes))
-
-    def collate(rows: list[int]) -> dict[str, Any]:
-        longest = max(sizes[row] for row in rows)
-        used = slice(width - longest, None) if decoder_start_B is None else slice(None, longest)
-        return {
-            "input_ids_BS": input_ids_BS[rows, used],
-            "attention_mask_BS": attention_mask_BS[rows, used],
-            "decoder_start_B": None if decoder_start_B is None else decoder_start_B[rows],
-            "forced_first": None if forced_B is None else forced_B[rows],
-            "pad": pad,
-            "ends": ends,
-        }
-
-    def agree(values: list[float]) -> list[float]:
-        total = torch.tensor(values, dtype=torch.float64, device=input_ids_BS.device)
-        dist.all_reduce(total)
-        return list(total.tolist())
-
-    together = agree if synced and dist.is_initialized() else list
-    found = decode(model, sizes, collate, settings=settings, max_tokens=torch.inf, synced=synced, agree=together)
-    assert found is not None, "nobody asked to stop"
-    return [found[row] for row in range(len(sizes))]
 
 
 def decode(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,10 +11,23 @@ from torch import Tensor
 
 from harness.data.batches import cut_step
 from harness.data.encoded import EncodedRows
-from harness.decoding.beam import deal
 from harness.engine.processes import Processes
 from harness.io import heartbeat
 from harness.tasks.task import Batch, Task
+
+
+class Turn(NamedTuple):
+    """One batch of one rank; if `counts` is false it only keeps the rank in step and its output is thrown away."""
+
+    rows: list[int]
+    counts: bool
+
+
+def deal(batches: Sequence[list[int]], rank: int, world_size: int) -> list[Turn]:
+    """This rank's batches, dealt round robin. All ranks get equally many: the last batch, the cheapest, fills up."""
+    num_turns = -(-len(batches) // world_size)
+    mine = [rank + turn * world_size for turn in range(num_turns)]
+    return [Turn(batches[index], True) if index < len(batches) else Turn(batches[-1], False) for index in mine]
 
 
 @torch.no_grad()

@@ -74,7 +74,7 @@ class DecodingTask(Task):
 
     @abstractmethod
     def collate_sources(self, examples: Sequence[Example], device: torch.device) -> dict[str, Any]:
-        """What beam search needs of the examples: the arguments of `decoding.beam.beam_search`."""
+        """What beam search needs of the examples: see `decoding.beam.decode`."""
 
     @abstractmethod
     def to_text(self, token_ids: Sequence[int]) -> str:

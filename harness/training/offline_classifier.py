@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from harness.config.schema import DataConfig
+from harness.data.batches import cut_step
 from harness.data.formats import Columns
 from harness.data.readers import READERS, reader_of
 from harness.data.rows import BadRow, Row
 from harness.data.sources import existing_file
-from harness.decoding.beam import decoding_batches
 from harness.engine.processes import find_device
 from harness.errors import ConfigError, DataError
 from harness.evaluation.class_report import rounded
@@ -50,7 +51,10 @@ class Classifier:
         """The answer to each row, in order; their labels are not read."""
         encoded = self.task.encode_texts(rows)
         found: dict[int, Answer] = {}
-        for batch in decoding_batches([len(one.input_ids) for one in encoded], beam_size=1, max_tokens=self.max_tokens):
+        sizes = np.array([len(one.input_ids) for one in encoded])
+        limit = max(self.max_tokens, int(sizes.max(initial=0)))
+        batches = cut_step(np.arange(len(sizes)), sizes, max_tokens_per_device=limit, world_size=1) if rows else []
+        for batch in (part.tolist() for [part] in batches):
             inputs = self.task.collate_texts([(encoded[i].input_ids, encoded[i].marker) for i in batch], self.device)
             logits = self.model(**inputs).logits.float().cpu().numpy()
             for index, fields in zip(batch, self._fields(logits), strict=True):

@@ -19,10 +19,11 @@ from transformers import (
 )
 
 from harness.config.schema import AdapterConfig, Task
-from harness.decoding.beam import BeamSettings, beam_search
+from harness.decoding.beam import BeamSettings
 from harness.models.adapter_files import MERGEABLE, load_adapter, merge_adapter, save_adapter
 from harness.models.adapters import METHODS, add_adapter
 from harness.models.parameter_table import ADAPTER_PART
+from tests.searches import beam_search
 from tests.tiny_llm import make_tiny_llm
 
 FAMILIES = ("llama", "gpt2", "mbart", "classifier")

@@ -24,8 +24,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from harness.decoding.beam import BeamSettings, Hypothesis, beam_search, deal, decode, decoding_batches
+from harness.decoding.beam import BeamSettings, decode
+from harness.decoding.decode import Hypothesis
+from harness.evaluation.forward import deal
 from tests.lockstep import decode_in_step
+from tests.searches import beam_search
 
 VOCABULARY, ROWS = 40, 6
 PAD, EOS = 1, 2
@@ -283,17 +286,6 @@ def test_more_hypotheses_than_beams_is_a_programming_error():
         BeamSettings(2, 1.0, 10, num_hypotheses=3)
 
 
-sizes_lists = st.lists(st.integers(0, 300), max_size=80)
-
-
-@given(sizes_lists, st.integers(1, 8), st.integers(1, 2000))
-def test_batches_hold_each_row_once_and_fit(sizes, beam_size, max_tokens):
-    batches = decoding_batches(sizes, beam_size=beam_size, max_tokens=max_tokens)
-    assert sorted(row for batch in batches for row in batch) == list(range(len(sizes)))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * beam_size * max(sizes[row] for row in batch) <= max_tokens
-
-
 @given(st.lists(st.lists(st.integers(), min_size=1, max_size=3), max_size=40), st.integers(1, 9))
 def test_dealing_gives_each_batch_to_one_rank_and_all_ranks_equally_many(batches, world_size):
     hands = [deal(batches, rank, world_size) for rank in range(world_size)]
@@ -354,7 +346,7 @@ def zero3_rank(rank: int, world_size: int, directory: str) -> None:
         config={"train_batch_size": 2, "zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": True},
     )  # fmt: skip
     found = {}
-    for turn in deal(decoding_batches(SOURCE_SIZES, beam_size=4, max_tokens=200), rank, world_size):
+    for turn in deal([[0, 1, 2], [3, 4], [5, 6, 7, 8, 9], [10]], rank, world_size):
         outputs = search(engine.module, "mbart", rows_of(turn.rows), ZERO3_SETTINGS, synced=True)
         if turn.counts:
             found |= {row: one.token_ids for row, [one] in zip(turn.rows, outputs, strict=True)}

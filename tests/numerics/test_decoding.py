@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from harness.config.schema import AdapterConfig
-from harness.decoding.beam import BeamSettings, beam_search, decode
+from harness.decoding.beam import BeamSettings, decode
 from harness.decoding.constraints import Constraints
 from harness.decoding.sampling import Sampling, uniform
 from harness.errors import ConfigError
@@ -39,6 +39,7 @@ from harness.models.adapters import add_adapter
 from tests.lockstep import decode_in_step
 from tests.numerics.test_beam import EOS, FAMILIES, PAD, PREFIXES, VOCABULARY, content, decode_rows_of, make_batch
 from tests.numerics.test_beam import make_model as make_translator
+from tests.searches import beam_search
 
 CONSTRAINTS = {
     "min_length": (Constraints(min_length=7), {"min_new_tokens": 7}),
