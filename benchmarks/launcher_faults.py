@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import write_result
+from tests.e2e.test_launchers import ranks_of
 from tests.runs import tiny_run, write_run
 from tests.tiny import make_tiny_model
 
@@ -40,20 +41,6 @@ PATIENCE_S = 90.0
 SETTLE_S = 3.0
 
 
-def ranks_in(directory: Path) -> dict[int, int]:
-    """{rank: process id} of the living ranks that work in `directory`."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and (entry / "cwd").readlink() == directory:
-                for variable in (entry / "environ").read_bytes().split(b"\0"):
-                    if variable.startswith(b"RANK="):
-                        found[int(variable[5:])] = int(entry.name)
-        except OSError:
-            continue
-    return found
-
-
 def measure(launcher: str, fault: str, model: Path, directory: Path) -> dict[str, Any]:
     launch = {"processes": 2, "collective_timeout_s": 20.0, "heartbeat_timeout_s": 5.0, "max_restarts": 0}
     run = tiny_run(directory, model, name="run", schedule={"name": "constant", "steps": 100_000}, launch=launch)
@@ -68,7 +55,7 @@ def measure(launcher: str, fault: str, model: Path, directory: Path) -> dict[str
     while not metrics.exists() or metrics.read_text().count('"event": "step"') < 5:
         assert process.poll() is None, (directory / "output").read_text()
         time.sleep(0.05)
-    ranks = ranks_in(directory)
+    ranks = ranks_of(directory)
     FAULTS[fault](process.pid, ranks)
     began = time.monotonic()
     try:
@@ -77,8 +64,8 @@ def measure(launcher: str, fault: str, model: Path, directory: Path) -> dict[str
         code = None
     seconds = time.monotonic() - began
     time.sleep(SETTLE_S)
-    left = [rank for rank, process_id in ranks_in(directory).items() if process_id in ranks.values()]
-    for process_id in [process.pid, *ranks_in(directory).values()]:
+    left = [rank for rank, process_id in ranks_of(directory).items() if process_id in ranks.values()]
+    for process_id in [process.pid, *ranks_of(directory).values()]:
         try:
             os.kill(process_id, signal.SIGKILL)
         except ProcessLookupError:
