@@ -12,19 +12,13 @@ from typing import Any
 import pytest
 
 from tests.cluster.cluster import HEAD, Cluster, wait_until
-from tests.cluster.faults import SAVE_EVERY, End, end_of, end_undisturbed, num_lost_steps, slow_run, wait_for_step
+from tests.cluster.faults import SAVE_EVERY, End, end_of, num_lost_steps, slow_run, wait_for_step
 from tests.cluster.slurm_runs import launches, run_dir, submit, training_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 TIMEOUT_S = 300.0
 STEP = 13  # of the strike: three steps after a checkpoint
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path]) -> End:
-    run = slow_run(tmp_path_factory.mktemp("undisturbed"), tiny_models["mbart"])
-    return end_undisturbed(run)
 
 
 class Training:

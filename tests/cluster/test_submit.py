@@ -109,6 +109,10 @@ def test_array_of_overrides_is_scored_task_by_task(
         assert (run_dir(task) / "evaluations/step-00000005-pairs-beam1/scores.json").is_file()
     assert len(set(losses)) == 4
     assert max(losses[:2]) < min(losses[2:])  # the higher rate has learnt more
+    tasks = [run_dir({**run, "name": f"sweep-{index}"}) for index in range(4)]
+    compared = [line.split() for line in harness("compare", *map(str, tasks)).stdout.splitlines()]
+    assert ["optimizer.lr", "0.001", "0.001", "0.0001", "0.0001"] in compared
+    assert ["seed", "1", "2", "1", "2"] in compared
 
 
 def test_template_by_hand(
