@@ -36,9 +36,9 @@ from tests.run_files import write_run_file
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden/slurm"
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")
-PLACE = Place(["/opt/harness/bin/python", "-m", "harness"], "/work/runs/enro", "/home/user/project")
+PLACE = Place(["/opt/harness/bin/python", "-m", "harness"], "/data/runs/enro", "/home/user/project")
 ODD_PLACE = Place(
-    ["/opt/my python/bin/python", "-m", "harness"], "/work/100% $(touch x)/'runs'/enro", '/home/a b/"quoted" #1'
+    ["/opt/my python/bin/python", "-m", "harness"], "/data/100% $(touch x)/'runs'/enro", '/home/a b/"quoted" #1'
 )
 EVERYTHING: dict[str, Any] = {
     "nodes": 2,
