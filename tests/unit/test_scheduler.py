@@ -16,8 +16,8 @@ RUNNING = (
     "EndTime=2026-11-22T11:24:22 Deadline=N/A PreemptEligibleTime=2026-11-22T11:19:22 PreemptTime=2026-11-22T11:19:30 "
     "SuspendTime=None SecsPreSuspend=0 Scheduler=Main Partition=low AllocNode:Sid=head:0 ReqNodeList=(null) "
     "NodeList=node[1-3] BatchHost=node1 NumNodes=3 NumCPUs=3 CPUs/Task=1 ReqB:S:C:T=0:0:*:* "
-    "TRES=cpu=3,mem=300M,node=3,billing=3 Socks/Node=* NtasksPerN:B:S:C=1:0:*:* Command=/work/my job.sh A=b "
-    "WorkDir=/work StdOut=/work/low-4.out Power= "
+    "TRES=cpu=3,mem=300M,node=3,billing=3 Socks/Node=* NtasksPerN:B:S:C=1:0:*:* Command=/data/my job.sh A=b "
+    "WorkDir=/work StdOut=/data/low-4.out Power= "
 )
 PENDING = (
     "JobId=8 ArrayJobId=7 ArrayTaskId=1-3%2 ArrayTaskThrottle=2 JobName=x JobState=PENDING Reason=Dependency Requeue=0 "
