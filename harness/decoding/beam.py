@@ -29,7 +29,7 @@ class BeamSettings:
     """How to search. `max_length` is the longest output in tokens (forced tag and </s> counted, decoder start not).
 
     With `max_length_ratio` a row's output is also no longer than ratio x its own source + 10, whoever shares its batch:
-    </s> is forced there. `beam_size` 1 is greedy. `preset` says how a hypothesis is scored (`formula`) and when the
+    </s> is forced there. `beam_size` 1 is greedy. `preset` says how a hypothesis is scored and when the
     search stops; `early_stopping` is Hugging Face's and changes when `hf` does. The `num_hypotheses` best are returned.
     `sampling` draws one output instead of searching.
     """
@@ -57,11 +57,6 @@ class BeamSettings:
         """The preset, as `early_stopping` changes it."""
         stop: Stop = "impossible" if self.early_stopping == "never" else "full" if self.early_stopping else "unlikely"
         return replace(PRESETS["hf"], stop=stop) if self.preset == "hf" else PRESETS[self.preset]
-
-    @property
-    def formula(self) -> str:
-        """The score of a hypothesis in words."""
-        return self.convention.formula
 
 
 def decode(
@@ -98,11 +93,11 @@ def decode(
 
 def _search(settings: BeamSettings, pad: int, ends: Sequence[int]) -> Search:
     """What the decoder is told of the settings."""
-    one, ratio = settings, settings.max_length_ratio
-    options = (tuple(ends), one.length_penalty, one.convention)
-    rule = Chain(*options, one.sampling) if one.beam_size == 1 else BeamSearch(*options, one.num_hypotheses)
+    num_outputs, num_wanted, ratio = settings.beam_size, settings.num_hypotheses, settings.max_length_ratio
+    options = (tuple(ends), settings.length_penalty, settings.convention)
+    rule = Chain(*options, settings.sampling) if num_outputs == 1 else BeamSearch(*options, num_wanted)
     limits = None if ratio is None else lambda sizes_R: (sizes_R * ratio).long() + EXTRA_LENGTH
-    return Search(one.beam_size, one.num_hypotheses, rule, pad, one.max_length, limits, one.constraints)
+    return Search(num_outputs, num_wanted, rule, pad, settings.max_length, limits, settings.constraints)
 
 
 def _source(

@@ -92,7 +92,7 @@ def _summary(
         "sentences": num_sentences,
         "decode_seconds": round(decode_seconds, 3),
         "beam": asdict(settings),
-        "hypothesis_score": settings.formula,
+        "hypothesis_score": settings.convention.formula,
     }
 
 

@@ -14,7 +14,7 @@ from harness.tasks.translation import TranslationTask
 
 
 class Output(NamedTuple):
-    """One output of a line, with its score (`BeamSettings.formula`)."""
+    """One output of a line, with its score (`Preset.formula`)."""
 
     text: str
     score: float

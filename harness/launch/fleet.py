@@ -26,12 +26,10 @@ from harness.launch.link import Lines, Message, encode, read_end, read_failure
 from harness.launch.nodes import Node, first_ranks
 from harness.launch.output import Terminal
 from harness.launch.signals import StopRequests, received_signals
-from harness.launch.supervisor import TERMINAL_VARIABLE
-from harness.launch.watch import write_pulses
+from harness.launch.supervisor import FAILURE_WAIT_S, TERMINAL_VARIABLE
+from harness.launch.watch import PulsesFile
 
-FAILURE_WAIT_S = 2.0
 _TICK_S = 1.0
-_PULSES_EVERY_S = 5.0
 _DEATH_PATIENCE_S = 45.0  # a node gives its own ranks 30 s to die
 _CARRIED = (
     "PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHON", "HARNESS_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "TORCH",
@@ -125,7 +123,7 @@ class _Fleet:
         self.channels: list[_Channel] = []
         self.is_started = self.is_killing = False
         self.deadline = float("inf")  # monotonic; then the nodes that still run are told to kill their ranks
-        self.pulses_due = 0.0
+        self.pulses = PulsesFile(run_dir)
 
     def start(self, ways: Sequence[Way]) -> None:
         for way in ways:
@@ -261,7 +259,6 @@ class _Fleet:
             "command": list(self.rank_command),
             "silence_s": self.launch.heartbeat_timeout_s,
             "launch": self.launch.model_dump(mode="json"),
-            "failure_wait_s": FAILURE_WAIT_S,
         }
         for number, state in enumerate(self.states):
             devices = state.node.devices
@@ -297,10 +294,7 @@ class _Fleet:
         for state in self.running():
             if now - state.heard_at > patience_s:
                 self.lose(state, f"no sign of life for {patience_s:.0f} s")
-        if now >= self.pulses_due:
-            self.pulses_due = now + _PULSES_EVERY_S
-            ranks = {rank: pulse for state in self.states for rank, pulse in state.pulses.items()}
-            write_pulses(self.run_dir, ranks)
+        self.pulses.update({rank: pulse for state in self.states for rank, pulse in state.pulses.items()})
 
     def send_all(self, **order: Any) -> None:
         for channel in self.channels:

@@ -75,7 +75,6 @@ def _supervise(link: Link, order: Order) -> None:
             run_dir=Path(wanted["run_dir"]),
             terminal=terminal,
             launch=LaunchConfig.model_validate(wanted["launch"]),
-            failure_wait_s=wanted["failure_wait_s"],
             link=link,
         )
     finally:

@@ -24,15 +24,15 @@ from harness.launch.failures import Failure, NodeEnd, Outcome
 from harness.launch.link import Link
 from harness.launch.output import RankOutput, Terminal
 from harness.launch.signals import SENT_TO_RANKS, StopRequests, received_signals
-from harness.launch.watch import Watch, write_pulses
+from harness.launch.watch import PulsesFile, Watch
 
 TERMINAL_VARIABLE = "HARNESS_TERMINAL"  # set for rank 0 when we write to a terminal: a progress bar is welcome
+FAILURE_WAIT_S = 2.0  # for ranks to report what they have felt of another one's failure
 _TETHER = Path(__file__).with_name("tether.py")
 _BARE_PYTHON = (sys.executable, "-I", "-S")
 _DEATH_PATIENCE_S = 30.0  # SIGKILL takes this long only for a process stuck in a driver or a file system
 _STACK_PATIENCE_S = 1.0  # ranks write their stacks within
 _TICK_S = 1.0
-_PULSES_EVERY_S = 5.0
 
 
 def supervise(
@@ -41,21 +41,18 @@ def supervise(
     *,
     run_dir: Path,
     launch: LaunchConfig,
-    failure_wait_s: float = 2.0,
 ) -> Outcome:
     """Run `command` once for each of `ranks` on this machine; tells how that ended, when nothing is left of it.
 
     Ranks without a master address meet in a private file store. Their output goes to `run_dir/logs/rank-N.log`, that
     of rank 0 to the terminal too. The first SIGTERM, SIGINT, SIGUSR2 or SIGHUP is forwarded: ranks save, and are killed
     after `launch.stop_grace_s`; the same signal again kills them at once. When a rank fails, the others get
-    `failure_wait_s` to fail by themselves and are killed; a rank whose heartbeat is too old has failed. Whatever
+    FAILURE_WAIT_S to fail by themselves and are killed; a rank whose heartbeat is too old has failed. Whatever
     happens, even SIGKILL of this process, no descendant of a rank lives on. To be called in the main thread.
     """
     terminal = Terminal()
     try:
-        end = supervise_node(
-            command, ranks, run_dir=run_dir, terminal=terminal, launch=launch, failure_wait_s=failure_wait_s
-        )
+        end = supervise_node(command, ranks, run_dir=run_dir, terminal=terminal, launch=launch)
     finally:
         terminal.close()
     return failures.outcome([end], run_dir, num_ranks=len(ranks))
@@ -68,7 +65,6 @@ def supervise_node(
     run_dir: Path,
     terminal: Terminal,
     launch: LaunchConfig,
-    failure_wait_s: float,
     link: Link | None = None,
 ) -> NodeEnd:
     """`supervise` for a machine that may be one of several: then the driver at the other end of `link` may give orders,
@@ -76,7 +72,7 @@ def supervise_node(
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     failures.set_aside_records(run_dir, [rank.rank for rank in ranks])
     with _guarded() as private, received_signals() as wakeups:
-        node = _Supervision(terminal, run_dir, launch, failure_wait_s, Watch(private.directory, launch), link)
+        node = _Supervision(terminal, run_dir, launch, Watch(private.directory, launch), link)
         try:
             node.start(command, ranks, private)
             node.wait(wakeups)
@@ -109,19 +105,17 @@ class _Supervision:
         terminal: Terminal,
         run_dir: Path,
         launch: LaunchConfig,
-        failure_wait_s: float,
         watch: Watch,
         link: Link | None,
     ) -> None:
         self.terminal, self.run_dir, self.watch, self.link = terminal, run_dir, watch, link
-        self.launch, self.failure_wait_s = launch, failure_wait_s
+        self.launch, self.pulses = launch, PulsesFile(run_dir)
         self.ranks: list[_Rank] = []
         self.requests = StopRequests(may_insist=link is None)
         self.late: Failure | None = None  # of the rank whose heartbeat is too old
         self.late_rank = -1
         self.wants_stacks = True  # before ranks are killed
         self.is_killing = False
-        self.pulses_due = 0.0
         self.deadline = float("inf")  # monotonic; then the ranks that still run are killed
 
     def start(self, command: Sequence[str], ranks: Sequence[RankEnvironment], private: _Private) -> None:
@@ -183,9 +177,8 @@ class _Supervision:
             self.link.pulses = self.watch.shown()
             if self.link.is_lost:
                 self.end_at_once()
-        elif time.monotonic() >= self.pulses_due:
-            self.pulses_due = time.monotonic() + _PULSES_EVERY_S
-            write_pulses(self.run_dir, self.watch.shown())
+        else:
+            self.pulses.update(self.watch.shown())
 
     def on_late(self, rank: int, what: str) -> None:
         self.late_rank = rank
@@ -236,7 +229,7 @@ class _Supervision:
             self.link.failure(self.result().failure)
         elif self.running():
             self.terminal.say(f"harness: {failures.describe_end(rank.end)}; the other ranks are being stopped")
-        self.end_within(self.failure_wait_s)
+        self.end_within(FAILURE_WAIT_S)
 
     def end_within(self, seconds: float) -> None:
         self.deadline = min(self.deadline, time.monotonic() + seconds)

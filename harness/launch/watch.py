@@ -17,6 +17,7 @@ from harness.io.heartbeat import Pulse
 from harness.launch.environment import configured_variables
 
 PULSES_FILE = "pulses.json"
+_PULSES_EVERY_S = 5.0
 _SHORTEST_PAUSE_S = 2.0
 
 
@@ -113,7 +114,16 @@ class Watch:
         return f"; a compiler's lock lies in {locks[0]}: remove it if nothing compiles there" if locks else ""
 
 
-def write_pulses(run_dir: Path, pulses: Mapping[str, Any]) -> None:
+class PulsesFile:
     """Pulses of all ranks for `harness status`; that they cannot be written holds nothing up."""
-    with suppress(OSError):
-        write_json(run_dir / PULSES_FILE, {"time": time.time(), "ranks": pulses})
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path, self._due = run_dir / PULSES_FILE, 0.0
+
+    def update(self, pulses: Mapping[str, Any]) -> None:
+        """Write them, unless that was done just now."""
+        if time.monotonic() < self._due:
+            return
+        self._due = time.monotonic() + _PULSES_EVERY_S
+        with suppress(OSError):
+            write_json(self._path, {"time": time.time(), "ranks": pulses})

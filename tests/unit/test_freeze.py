@@ -109,7 +109,8 @@ def test_a_tied_embedding_is_one_parameter_under_all_its_names() -> None:
 
 
 def test_peft_prefixes_change_nothing() -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     auto, config = MODELS["llama"]
     model = peft.get_peft_model(auto.from_config(config), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     freezing = resolve_freezing(model, FreezeRule(layers="0-1"))
