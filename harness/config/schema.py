@@ -7,14 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
+from harness.config.evaluation_schema import EarlyStoppingConfig, EvaluationConfig
 from harness.config.launch_schema import LaunchConfig, SlurmConfig
 from harness.config.section import Section
 
 DType = Literal["float32", "bfloat16", "float16"]
-DecodedMetric = Literal["bleu", "chrf", "ter"]
-ClassMetric = Literal["accuracy", "macro_f1", "micro_f1", "mcc", "ece", "rmse", "pearson", "spearman"]
-Metric = DecodedMetric | ClassMetric
-PresetName = Literal["hf", "fairseq", "gnmt", "marian", "opennmt", "ctranslate2"]
 RunName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Task = Literal["translation", "causal_lm", "classification"]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -100,6 +97,12 @@ class CleaningConfig(Section):
     max_bad_fraction: Probability = Field(0.2, description="Stop when more than this share of rows is left out.")
 
 
+class FewShotConfig(Section):
+    path: str = Field(description="File of pairs that no other set has rows of.")
+    examples: int = Field(3, gt=0, description="The first so many rows of it.")
+    template: str = Field("{source}\n{target}\n\n", description="One example, with the names of `prompt_template`.")
+
+
 class DataConfig(Section):
     format: Literal["pairs", "text", "prompt", "messages", "labelled"] = Field(
         "pairs",
@@ -122,6 +125,14 @@ class DataConfig(Section):
     prompt_column: str = Field("prompt", description="Column of the prompt (prompt).")
     completion_column: str = Field("completion", description="Column of the completion (prompt).")
     messages_column: str = Field("messages", description="Column of the list of {role, content} (messages).")
+    prompt_template: str | None = Field(
+        None,
+        description="The prompt, with {source}, {source_language}, {target_language}, {examples} (causal_lm on pairs).",
+    )
+    few_shot: FewShotConfig | None = Field(None, description="Examples that stand in each prompt (causal_lm on pairs).")
+    constraints_column: str | None = Field(
+        None, description="Column of phrases that the output must have, parted by ` ||| ` (pairs, when decoding)."
+    )
     system_prompt: str | None = Field(None, description="System message of conversations that have none.")
     max_length: int = Field(1024, gt=2, description="Longest row in tokens (causal_lm, classification).")
     packing: bool = Field(
@@ -188,55 +199,6 @@ class DeepSpeedConfig(Section):
     preset: str = Field("zero1", description="A preset of ds_configs/ or the path of a DeepSpeed JSON file.")
     overrides: dict[str, Any] = Field(default_factory=dict, description="Merged over the preset, key by key.")
     nvme_path: str | None = Field(None, description="Directory on a local NVMe disk, for NVMe offload.")
-
-
-# What each toolkit takes when it is not told: beams and length penalty (of `hf` the beams are ours: it has 1).
-_PRESET_DEFAULTS: dict[str, tuple[int, float]] = {
-    "hf": (5, 1.0), "fairseq": (5, 1.0), "gnmt": (4, 0.6), "marian": (12, 0.0), "opennmt": (5, 1.0),
-    "ctranslate2": (2, 1.0),
-}  # fmt: skip
-
-
-class EvaluationConfig(Section):
-    every_steps: int | None = Field(None, gt=0, description="Steps between evaluations; null: only at the end.")
-    preset: PresetName = Field("hf", description="Toolkit whose score and stop rule the search has.")
-    beam_size: int = Field(5, gt=0, description="Beams per sentence, 1 is greedy; the default follows from `preset`.")
-    length_penalty: float = Field(
-        1.0, description="Exponent of the length in the hypothesis score; the default follows from `preset`."
-    )
-    max_target_length: int | None = Field(None, gt=1, description="Longest output; default `data.max_target_length`.")
-    max_length_ratio: float | None = Field(
-        None, gt=0.0, description="Longest output as a multiple of the row's own source in tokens, plus 10."
-    )
-    min_target_length: int = Field(0, ge=0, description="Output tokens before an output may end.")
-    no_repeat_ngram: int = Field(0, ge=0, description="No sequence of so many tokens comes twice; 0: no such rule.")
-    repetition_penalty: float = Field(
-        1.0, gt=0.0, description="Above 1, tokens that were there before become less likely, as in transformers."
-    )
-    max_tokens_per_device: int | None = Field(
-        None, gt=0, description="Decoded at once: rows x beams x longest source; default `batch.max_tokens_per_device`."
-    )
-    metrics: list[Metric] = Field(
-        ["bleu", "chrf"], description="Scores beside the loss; the default follows from `task`."
-    )
-    max_rows: int | None = Field(None, gt=0, description="Score only the first rows of the validation set.")
-    initial: bool = Field(True, description="Score the model before the first step too.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults_of_the_preset(cls, content: Any) -> Any:
-        """Beams and length penalty that are not said are those of the toolkit."""
-        if not isinstance(content, dict) or content.get("preset") not in _PRESET_DEFAULTS:
-            return content
-        beam_size, length_penalty = _PRESET_DEFAULTS[content["preset"]]
-        return {"beam_size": beam_size, "length_penalty": length_penalty} | content
-
-
-class EarlyStoppingConfig(Section):
-    metric: Metric | Literal["loss", "nll"] = Field(
-        "bleu", description="A validation score; the default follows from `task`."
-    )
-    patience: int = Field(10, gt=0, description="Evaluations without a better score before the run ends.")
 
 
 class CheckpointConfig(Section):

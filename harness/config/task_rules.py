@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 from harness.config.deepspeed import Problem
-from harness.config.schema import ClassMetric, DecodedMetric, RunConfig
+from harness.config.evaluation_schema import ClassMetric, DecodedMetric
+from harness.config.schema import RunConfig
 from harness.config.section import Section
 
 DECODED_METRICS: tuple[str, ...] = get_args(DecodedMetric)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from harness.config.schema import PresetName
+from harness.config.evaluation_schema import PresetName
 from harness.decoding.constraints import Constraints
 from harness.decoding.decode import Decoder, Hypothesis, Search, Source
 from harness.decoding.presets import PRESETS, Preset, Stop

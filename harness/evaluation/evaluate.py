@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from harness.config.schema import RunConfig
@@ -27,8 +28,12 @@ def evaluate(
     num_rows: int | None = None,
     synced: bool = False,
     stop_wanted: Callable[[], bool] = lambda: False,
+    partial: Path | None = None,
 ) -> Evaluation:
-    """Loss and scores of one set, on every rank. `config.evaluation` must be set."""
+    """Loss and scores of one set, on every rank. `config.evaluation` must be set.
+
+    Rows that are decoded when a stop is asked for are kept in the directory `partial`, and not decoded again.
+    """
     assert config.evaluation is not None
     started = time.monotonic()
     max_tokens = config.batch.max_tokens_per_device
@@ -39,6 +44,7 @@ def evaluate(
         return decode_and_score(
             model, rows, task, processes,
             config=config, losses=losses, num_rows=num_rows, synced=synced, stop_wanted=stop_wanted,
+            partial=partial,
         )  # fmt: skip
     return Evaluation(losses, len(rows.sizes[:num_rows]), time.monotonic() - started)
 

@@ -10,14 +10,8 @@ import torch
 
 from harness.data.rows import Row
 from harness.decoding.beam import BeamSettings, decode
+from harness.evaluation.outputs import Output
 from harness.tasks.translation import TranslationTask
-
-
-class Output(NamedTuple):
-    """One output of a line, with its score (`Preset.formula`)."""
-
-    text: str
-    score: float
 
 
 class Translated(NamedTuple):

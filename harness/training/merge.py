@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from harness.config.schema import EvaluationConfig, RunConfig
+from harness.config.evaluation_schema import EvaluationConfig
+from harness.config.schema import RunConfig
 from harness.data.rows import Row
 from harness.data.sources import read_rows
 from harness.errors import DataError
-from harness.evaluation.decoded import beam_settings
 from harness.evaluation.scores import corpus_scores
+from harness.evaluation.settings import beam_settings
 from harness.evaluation.translate import Translator
 from harness.tasks.task import Task
 from harness.tasks.translation import TranslationTask

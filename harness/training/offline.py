@@ -16,13 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from harness.config.schema import DataSource, EvaluationConfig, RunConfig
+from harness.config.evaluation_schema import EvaluationConfig
+from harness.config.schema import DataSource, RunConfig
 from harness.data.cache import load_rows, prepare_rows
 from harness.data.sources import as_source
 from harness.engine.processes import Processes, find_device, find_store, join, leave
 from harness.errors import ConfigError, DataError, ExitCode, HarnessError
-from harness.evaluation.decoded import beam_settings
 from harness.evaluation.evaluate import evaluate
+from harness.evaluation.settings import beam_settings
 from harness.evaluation.translate import Translator
 from harness.io import heartbeat
 from harness.io.atomic import read_json, write_json

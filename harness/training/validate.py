@@ -52,6 +52,7 @@ def evaluate_set(session: Session, name: str, rows: EncodedRows, num_rows: int |
         num_rows=num_rows,
         synced=session.is_parameter_sharded,
         stop_wanted=session.stop.wanted,
+        partial=directory.with_name(f".{directory.name}.partial"),
     )
     if session.processes.is_first:
         session.records.attempt("evaluations", lambda: result.write(directory))
