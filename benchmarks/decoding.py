@@ -1,96 +1,147 @@
-"""Beam search of ours against Hugging Face `generate`, one thread, float32, on sentences of examples/data as they come.
+"""Our beam search, Hugging Face `generate` and CTranslate2 on the same weights and real sentences, one thread each.
 
-`python -m benchmarks.decoding [sentences] [max_tokens]`. `generate` gets the sentences in the order of the file, and
-sorted by length in batches of the same size as ours.
+`python -m benchmarks.decoding [rounds]`. Weights are those of examples/base, sentences the first of the test set as
+they come, beams 5. For vocabularies beyond its 8,000 the tables of embeddings are filled up with random rows that an
+output bias rules out: outputs stay those of the trained model, the work is that of the larger vocabulary.
+
+Each contender runs in a process of its own, all in turn, in rounds of which the fastest counts, in CPU seconds.
+CTranslate2 is no dependency: `pip install --target DIRECTORY --no-deps ctranslate2==4.8.5`, then PYTHONPATH=DIRECTORY.
 """
 
 from __future__ import annotations
 
 import csv
 import gzip
-import random
+import importlib.util
+import json
+import os
+import subprocess
 import sys
-import time
-from collections.abc import Sequence
+import tempfile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 from transformers import AutoModelForSeq2SeqLM
 
+from benchmarks.decoders import CONTENDERS
 from benchmarks.record import write_result
 from harness.config.schema import DataConfig, LossConfig
 from harness.data.rows import Row
-from harness.decoding.beam import BeamSettings, decode, decoding_batches
+from harness.evaluation.scores import corpus_scores
 from harness.models.families import MBART
 from harness.models.load import load_tokenizer
 from harness.tasks.translation import TranslationTask
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SETTINGS = BeamSettings(beam_size=5, length_penalty=1.0, max_length=128)
+SENTENCES = {8_000: 200, 32_000: 80, 250_000: 24}  # by size of the vocabulary
+MAX_TOKENS = 4096  # rows x beams x longest source: the default
 FILE_ORDER_ROWS = 16
+NEVER = -1.0e4
+EXPECTED = "generate float32, file order"  # whose outputs the others are compared with
 
 
 def main() -> None:
-    num_sentences, max_tokens = (int(value) for value in (*sys.argv[1:3], *("200", "4096")[len(sys.argv) - 1 :]))
-    torch.set_num_threads(1)
-    model: Any = AutoModelForSeq2SeqLM.from_pretrained(EXAMPLES / "base", dtype=torch.float32).eval()
-    model.generation_config.forced_eos_token_id = None
+    num_rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 2
+    values: dict[str, Any] = {"max_tokens": MAX_TOKENS, "rounds": num_rounds}
+    for vocabulary, num_sentences in SENTENCES.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            task, references = prepare(Path(scratch), vocabulary, num_sentences)
+            found = run_all(Path(scratch), num_rounds)
+        values[f"vocabulary {vocabulary}"] = compared(found, task, references)
+        print(json.dumps(values[f"vocabulary {vocabulary}"], indent=1), flush=True)
+    write_result("decoding", f"python -m benchmarks.decoding {num_rounds}", values)
+
+
+def prepare(directory: Path, vocabulary: int, num_sentences: int) -> tuple[TranslationTask, list[str]]:
+    """Writes models and job; returns the task and the references."""
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(EXAMPLES / "base", dtype=torch.float32)
+    extend(model, vocabulary)
+    model.save_pretrained(directory / "model")
+    if importlib.util.find_spec("ctranslate2"):
+        convert(model, directory / "ctranslate2")
     data = DataConfig.model_validate({"train": [{"path": ""}], "max_source_length": 128})
     task = TranslationTask(load_tokenizer(str(EXAMPLES / "base")), MBART, data, LossConfig())
-    encoded = task.encode([Row("", text, "", "en_XX", "de_DE") for text in sentences(num_sentences)])
-    examples = [(one.input_ids, one.labels, one.marker) for one in encoded]
-    sizes = [len(one.input_ids) for one in encoded]
-    device = torch.device("cpu")
-
-    def collate(rows: list[int]) -> dict[str, Any]:
-        return task.collate_sources([examples[row] for row in rows], device)
-
-    sorted_batches = decoding_batches(sizes, beam_size=SETTINGS.beam_size, max_tokens=max_tokens)
-    all_rows = list(range(num_sentences))
-    file_order = [all_rows[start : start + FILE_ORDER_ROWS] for start in range(0, num_sentences, FILE_ORDER_ROWS)]
-    generate(model, collate, file_order[:1])  # warm up
-    started = time.process_time()
-    found = decode(model, sizes, collate, settings=SETTINGS, max_tokens=max_tokens)
-    ours_s = time.process_time() - started
-    assert found is not None
-    ours = [found[row][0].token_ids for row in all_rows]
-    values: dict[str, Any] = {"sentences": num_sentences, "max_tokens": max_tokens, "ours_cpu_s": round(ours_s, 2)}
-    values["output_tokens_per_cpu_s"] = round(sum(map(len, ours)) / ours_s)
-    for name, batches in (("sorted", sorted_batches), ("file_order", file_order)):
-        started = time.process_time()
-        outputs = generate(model, collate, batches)
-        seconds = time.process_time() - started
-        values[f"generate_{name}_cpu_s"] = round(seconds, 2)
-        values[f"times_generate_{name}"] = round(seconds / ours_s, 2)
-        values[f"different_from_generate_{name}"] = sum(outputs[row] != ours[row] for row in all_rows)
-    write_result("decoding", f"python -m benchmarks.decoding {num_sentences} {max_tokens}", values)
+    with gzip.open(EXAMPLES / "data" / "libreoffice-help.en-de.test.tsv.gz", "rt", encoding="utf-8") as lines:
+        pairs = list(islice(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE), num_sentences))
+    encoded = task.encode([Row("", pair["source"], "", "en_XX", "de_DE") for pair in pairs])
+    start = task.collate_sources([(encoded[0].input_ids, encoded[0].labels, encoded[0].marker)], torch.device("cpu"))
+    job = {
+        "sources": [[int(token) for token in one.input_ids] for one in encoded],
+        "start": int(start["decoder_start_B"][0]),
+        "rows": FILE_ORDER_ROWS,
+        "max_tokens": MAX_TOKENS,
+    }
+    (directory / "job.json").write_text(json.dumps(job))
+    return task, [pair["target"] for pair in pairs]
 
 
-def sentences(number: int) -> list[str]:
-    """Sources of the training rows in a fixed random order."""
-    path = EXAMPLES / "data" / "libreoffice-help.en-de.train.tsv.gz"
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        sources = [row["source"] for row in csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)]
-    random.Random(0).shuffle(sources)
-    return sources[:number]
+def extend(model: Any, vocabulary: int) -> None:
+    """Fills the tables up with random tokens that are never an output."""
+    trained = model.config.vocab_size
+    torch.manual_seed(0)
+    model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    model.final_logits_bias = functional.pad(
+        model.final_logits_bias[:, :trained], (0, vocabulary - trained), value=NEVER
+    )
 
 
-def generate(model: Any, collate: Any, batches: Sequence[list[int]]) -> dict[int, list[int]]:
-    """Output tokens of each row, without tags, by Hugging Face."""
-    config = model.config
-    found = {}
-    for rows in batches:
-        inputs = collate(rows)
-        sequences = model.generate(
-            inputs["input_ids_BS"], attention_mask=inputs["attention_mask_BS"], num_beams=SETTINGS.beam_size,
-            length_penalty=SETTINGS.length_penalty, max_new_tokens=SETTINGS.max_length,
-            decoder_start_token_id=inputs["decoder_start_B"].tolist(), suppress_tokens=[config.pad_token_id],
-        )  # fmt: skip
-        for row, tokens in zip(rows, sequences[:, 1:].tolist(), strict=True):
-            ends = [place for place, token in enumerate(tokens) if token in (config.eos_token_id, config.pad_token_id)]
-            found[row] = tokens[: ends[0]] if ends else tokens
-    return found
+def convert(model: Any, directory: Path) -> None:
+    """CTranslate2's own converter reads keys of the configuration that transformers 5 does not write any more."""
+    from ctranslate2.converters.transformers import MBartLoader
+
+    model.config.normalize_before = model.config.normalize_embedding = True
+    loader = MBartLoader()
+    spec = loader.get_model_spec(model)
+    named = {0: "<s>", 1: "<pad>", 2: "</s>", 3: "<unk>"}
+    loader.set_vocabulary(spec, [named.get(token, str(token)) for token in range(model.config.vocab_size)])
+    spec.config.bos_token, spec.config.eos_token, spec.config.unk_token = "<s>", "</s>", "<unk>"
+    spec.validate()
+    spec.optimize()
+    directory.mkdir()
+    spec.save(str(directory))
+
+
+def run_all(directory: Path, num_rounds: int) -> dict[str, dict[str, Any]]:
+    """What each contender found, with the figures of its fastest round."""
+    best: dict[str, dict[str, Any]] = {}
+    names = [name for name in CONTENDERS if "ctranslate2 " not in name or (directory / "ctranslate2").is_dir()]
+    for _ in range(num_rounds):
+        for name in names:
+            command = [sys.executable, "-m", "benchmarks.decoders", name, str(directory)]
+            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            found = json.loads((directory / f"{name}.json").read_text())
+            if name not in best or found["cpu_s"] < best[name]["cpu_s"]:
+                best[name] = found
+    return best
+
+
+def compared(found: dict[str, dict[str, Any]], task: TranslationTask, references: list[str]) -> dict[str, Any]:
+    expected = found[EXPECTED]["tokens"]
+    table = {}
+    for name, one in found.items():
+        texts = [task.to_text(tokens) for tokens in one["tokens"]]
+        table[name] = {
+            "cpu_s": round(one["cpu_s"], 2),
+            "wall_s": round(one["wall_s"], 2),
+            "output_tokens_per_cpu_s": round(sum(map(len, one["tokens"])) / one["cpu_s"]),
+            "times_generate": round(found[EXPECTED]["cpu_s"] / one["cpu_s"], 2),
+            "peak_mib": one["peak_mib"],
+            "different_from_generate": sum(
+                ours != theirs for ours, theirs in zip(one["tokens"], expected, strict=True)
+            ),
+            "bleu": round(corpus_scores(texts, references, ["bleu"], target_language="de").values["bleu"], 2),
+        }
+        if "ctranslate2 float32" in found:
+            table[name]["times_ctranslate2_float32"] = round(found["ctranslate2 float32"]["cpu_s"] / one["cpu_s"], 2)
+    own = found["ours float32, preset ctranslate2"]["tokens"]
+    same: dict[str, Any] = {"sentences": len(references), "contenders": table}
+    if "ctranslate2 float32" in found:
+        pairs = zip(own, found["ctranslate2 float32"]["tokens"], strict=True)
+        same["preset_ctranslate2_different_from_ctranslate2"] = sum(ours != theirs for ours, theirs in pairs)
+    return same
 
 
 if __name__ == "__main__":

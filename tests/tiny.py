@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     M2M100Config,
     M2M100ForConditionalGeneration,
@@ -54,6 +56,18 @@ def make_tiny_model(family: str, directory: Path, *, d_model: int = 32) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         _model(family, tokenizer, vocab_size, d_model).save_pretrained(directory)
+    return directory
+
+
+def talkative(model: Path, directory: Path) -> Path:
+    """The model with larger weights: its outputs differ from source to source and end in different places."""
+    shutil.copytree(model, directory)
+    weights = load_file(directory / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for weight in weights.values():
+        if weight.ndim == 2:
+            weight.normal_(std=0.35, generator=generator)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
 

@@ -35,9 +35,10 @@ def search(toy: Toy, num_outputs: int, rule: Rule, num_sentences: int = 1) -> li
     none = torch.zeros(num_sentences, 0, dtype=torch.long)
     rows_R = torch.arange(num_sentences)
     beams = Beams.begin(
-        none, torch.full((num_sentences,), LONGEST), num_outputs, LONGEST, rows_R=rows_R, before_RC=none
-    )
-    while bool(beams.is_open_R.any()):
+        none, torch.full((num_sentences,), LONGEST), num_outputs, LONGEST,
+        rows_R=rows_R, before_RC=none, num_groups=rule.num_groups,
+    )  # fmt: skip
+    while bool(beams.is_open.any()):
         outputs, lengths = beams.tokens_RNL.tolist(), beams.length_R.tolist()
         rows = [[toy.after(tuple(one[:n])) for one in row] for row, n in zip(outputs, lengths, strict=True)]
         log_p_RNV = torch.stack([torch.stack(row) for row in rows])

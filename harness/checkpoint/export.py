@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,24 @@ from harness.io.atomic import fsync_directory
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
-def overwrite_parameters(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    """Give a float32 model the master weights of a checkpoint. Raises DataError if names or shapes differ."""
-    tensors = CheckpointTensors(checkpoint.directory)
+def overwrite_parameters(model: torch.nn.Module, checkpoints: Sequence[Checkpoint]) -> None:
+    """Give a float32 model the mean of the master weights of checkpoints, summed in float64.
+
+    Besides the model two tensors are in memory at a time. Raises DataError if names or shapes differ.
+    """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if unknown := sorted(set(parameters) ^ set(tensors.names())):
-        what = f"{len(unknown)} parameters are not in both model and checkpoint: {', '.join(unknown[:5])}"
-        raise DataError(what, where=str(checkpoint.directory))
+    opened = [CheckpointTensors(checkpoint.directory) for checkpoint in checkpoints]
+    for tensors in opened:
+        if unknown := sorted(set(parameters) ^ set(tensors.names())):
+            what = f"{len(unknown)} parameters are not in both model and checkpoint: {', '.join(unknown[:5])}"
+            raise DataError(what, where=str(tensors.directory))
     with torch.no_grad():
         for name, parameter in parameters.items():
             heartbeat.beat("save")
-            parameter.copy_(tensors.whole(name))
+            mean = opened[0].whole(name).double()
+            for tensors in opened[1:]:
+                mean += tensors.whole(name)
+            parameter.copy_(mean / len(opened))
 
 
 def export(

@@ -21,7 +21,7 @@ from harness.errors import DataError
 from harness.io.atomic import fsync_directory, read_json, sha256_file, write_json, write_text
 from harness.io.faults import fault_point
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST, LATEST = "manifest.json", "latest"
 _STEP = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
 _ALL = slice(None)

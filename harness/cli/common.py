@@ -9,6 +9,8 @@ from typing import Any
 from harness.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
+PRESETS = ("hf", "fairseq", "gnmt", "marian", "opennmt", "ctranslate2")
+PRECISIONS = ("model", "bfloat16", "int8")
 
 
 def add_run_file(parser: argparse.ArgumentParser) -> None:
@@ -32,13 +34,32 @@ def positive(text: str) -> int:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """``MODEL_OR_RUN`` and everything that decides how it decodes; a run's own settings are the defaults."""
+    """``MODEL_OR_RUN [key.path=value ...]`` and everything that decides how it decodes.
+
+    A run's own settings are the defaults.
+    """
     parser.add_argument(
         "model", metavar="MODEL_OR_RUN", help="a model directory, hub name or run directory (then its exported model)"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="set a key of `evaluation` or `data`, as in a run file, like evaluation.no_repeat_ngram=3",
+    )
+    parser.add_argument(
+        "--ensemble",
+        action="append",
+        default=[],
+        metavar="MODEL_OR_RUN",
+        help="decode with this model too (repeatable)",
     )
     parser.add_argument("--source-language", metavar="CODE", help="language of the sources, as the tokeniser names it")
     parser.add_argument("--target-language", metavar="CODE", help="language of the outputs")
     parser.add_argument("--source-prefix", metavar="TEXT", help="text put before each source (T5)")
+    parser.add_argument(
+        "--preset", choices=PRESETS, help="score and stop rule, beams and length penalty of a toolkit (default hf)"
+    )
     parser.add_argument("--beam-size", type=positive, metavar="N", help="beams per sentence; 1 is greedy (default 5)")
     parser.add_argument("--length-penalty", type=float, metavar="A", help="exponent of the length (default 1.0)")
     parser.add_argument("--max-length", type=positive, metavar="N", help="longest output in tokens (default 256)")
@@ -49,6 +70,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--max-tokens", type=positive, metavar="N", help="batch: rows x beams x longest source (default 4096)"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="compute type (default: that of the stored model)")
+    parser.add_argument("--precision", choices=PRECISIONS, help="type of the weights while decoding (default model)")
 
 
 def model_changes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -58,11 +80,13 @@ def model_changes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         "data": {name: getattr(args, name) for name in ("source_language", "target_language", "source_prefix")},
         "batch": {"max_tokens_per_device": args.max_tokens},
         "evaluation": {
+            "preset": args.preset,
             "beam_size": args.beam_size,
             "length_penalty": args.length_penalty,
             "max_target_length": args.max_length,
             "max_length_ratio": args.max_length_ratio,
             "max_tokens_per_device": args.max_tokens,
+            "precision": args.precision,
         },
     }
     return {

@@ -1,19 +1,27 @@
-"""``harness compare``: what runs differ in, and what came of it."""
+"""``harness compare``: what runs differ in, what came of it, and whether that is more than chance."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.cli.common import existing_run_directory
 
-HELP = "Show where the configurations of runs differ and their scores, side by side. Reads run directories only."
+if TYPE_CHECKING:
+    from harness.evaluation.significance import WrittenEvaluation
+
+HELP = (
+    "Show where the configurations of runs differ and their scores, side by side, and test their outputs for the same\n"
+    "rows against those of the first run (paired bootstrap). Evaluation directories can be compared too."
+)
 EXAMPLE = "harness compare runs/enro-lr1 runs/enro-lr2 runs/enro-lr3"
 
 _NEVER_THE_SAME = ("name", "output_dir", "slurm.sweep")
+_EVALUATION = re.compile(r"step-\d{8}-(test|validation)")  # of training; `harness evaluate` adds to the name
 _LONGEST_CELL = 32
 _ABSENT = "-"
 
@@ -26,17 +34,82 @@ class Line(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN", help="run directories, two or more")
+    parser.add_argument(
+        "run_dirs", nargs="+", type=Path, metavar="RUN", help="run directories, or evaluation directories"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from harness.errors import ConfigError
 
-    if len(args.run_dirs) < 2:
-        raise ConfigError("one run cannot be compared", where=str(args.run_dirs[0]), hint="name two run directories")
-    run_dirs = [existing_run_directory(path) for path in args.run_dirs]
+    paths: list[Path] = args.run_dirs
+    if len(paths) < 2:
+        raise ConfigError("one run cannot be compared", where=str(paths[0]), hint="name two run directories")
+    if (paths[0] / "hypotheses.txt").is_file():
+        _compare_evaluations(paths)
+        return 0
+    run_dirs = [existing_run_directory(path) for path in paths]
     print(table([Line("", _names(run_dirs)), *differences(run_dirs), *results(run_dirs)]))
+    for run_dir in run_dirs[1:]:
+        for text in paired_tests(run_dirs[0], run_dir):
+            print(f"\n{text}")
     return 0
+
+
+def _compare_evaluations(directories: Sequence[Path]) -> None:
+    from harness.evaluation.significance import WrittenEvaluation
+
+    baseline, *others = [WrittenEvaluation.read(directory) for directory in directories]
+    print("\n\n".join(paired_test(baseline, other) for other in others))
+
+
+def paired_tests(baseline_run: Path, run_dir: Path) -> Iterator[str]:
+    """Of each set that both runs have scored, how the outputs compare, or why they cannot be compared."""
+    from harness.errors import DataError
+    from harness.evaluation.significance import WrittenEvaluation
+
+    baselines, others = evaluations_of(baseline_run), evaluations_of(run_dir)
+    for name in [name for name in baselines if name in others]:
+        try:
+            yield paired_test(WrittenEvaluation.read(baselines[name]), WrittenEvaluation.read(others[name]))
+        except DataError as error:
+            yield f"{others[name]} is not tested against {baselines[name]}: {error.what}"
+
+
+def evaluations_of(run_dir: Path) -> dict[str, Path]:
+    """The outputs for each set: those of the exported step, which is the best one, or else of the last step."""
+    from harness.io.atomic import read_json
+
+    found: dict[str, Path] = {}
+    for hypotheses in sorted(run_dir.glob("evaluations/step-*/hypotheses.txt")):
+        if match := _EVALUATION.fullmatch(hypotheses.parent.name):
+            found[match[1]] = hypotheses.parent
+    if (run_dir / "summary.json").is_file():
+        step = read_json(run_dir / "summary.json")["exported_step"]
+        exported = {name: run_dir / "evaluations" / f"step-{step:08d}-{name}" for name in found}
+        found |= {name: path for name, path in exported.items() if path.is_dir()}
+    return found
+
+
+def paired_test(baseline: WrittenEvaluation, system: WrittenEvaluation) -> str:
+    """A paired bootstrap of two sets of outputs, in words. Raises DataError when they are not for the same rows."""
+    from harness.evaluation.scores import LABELS
+    from harness.evaluation.significance import NUM_RESAMPLES, compare_written, num_changed
+
+    found = compare_written(baseline, system)
+    lines = [
+        Line("", [LABELS[name] for name in found]),
+        Line("first", [f"{one.baseline:.2f}" for one in found.values()]),
+        Line("second", [f"{one.score:.2f}" for one in found.values()]),
+        Line("difference", [f"{one.delta:+.2f}" for one in found.values()]),
+        Line("95 %", ["{:+.2f} to {:+.2f}".format(*one.interval) for one in found.values()]),
+        Line("p", [f"{one.p:.3f}" for one in found.values()]),
+    ]
+    return (
+        f"first   {baseline.directory}\nsecond  {system.directory}\n"
+        f"{num_changed(baseline, system):,} of {len(system.hypotheses):,} outputs differ; paired bootstrap, "
+        f"{NUM_RESAMPLES:,} resamplings\n{table(lines)}"
+    )
 
 
 def differences(run_dirs: Sequence[Path]) -> list[Line]:

@@ -24,6 +24,7 @@ VERBS: dict[str, str] = {
     "translate": "translate standard input line by line",
     "predict": "classify the lines of standard input or the rows of a file",
     "export": "write a run's model as a Hugging Face directory",
+    "average": "write the mean of a run's checkpoints as a Hugging Face directory",
     "status": "what a run is doing",
     "logs": "the first error among all ranks of a run, or the log of one",
     "compare": "what runs differ in, and their scores side by side",

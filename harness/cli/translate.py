@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from harness.cli.common import add_model_options, model_changes, positive
@@ -25,23 +26,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="the N best outputs of each line, as: line number, score, text (TSV)",
     )
+    parser.add_argument(
+        "--constraints",
+        action="store_true",
+        help="a line is: source TAB phrase TAB phrase; its outputs have the phrases",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    from harness.errors import ConfigError
-    from harness.training.offline import open_subject, open_translator
+    from harness.training.offline import open_ensemble, open_translator
 
-    subject = open_subject(args.model, model_changes(args))
-    assert subject.config.evaluation is not None
-    beam_size = subject.config.evaluation.beam_size
-    if (args.n_best or 1) > beam_size:
-        hint = f"--beam-size {args.n_best}"
-        raise ConfigError(f"{args.n_best} outputs need as many beams, not {beam_size}", where="--n-best", hint=hint)
-    translator = open_translator(subject, args.n_best or 1)
+    changes = model_changes(args)
+    if not (Path(args.model) / "plan.json").is_file():
+        changes["data"]["format"] = "pairs"  # of a language model that no run says more of
+    changes["evaluation"]["num_hypotheses"] = args.n_best or 1
+    if args.constraints:
+        changes["data"]["constraints_column"] = "constraints"
+    subject = open_ensemble(args.model, args.ensemble, changes, args.overrides)
+    translator = open_translator(subject)
     number = 0
     for lines in line_blocks(sys.stdin.buffer):
         texts = [decoded(line, number + place) for place, line in enumerate(lines, start=1)]
-        for result in translator(texts):
+        for result in translator(texts, number, with_phrases=args.constraints):
             number += 1
             if result.truncated:
                 limit = subject.config.data.max_source_length

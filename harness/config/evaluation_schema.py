@@ -12,12 +12,19 @@ DecodedMetric = Literal["bleu", "chrf", "chrf++", "ter"]
 ClassMetric = Literal["accuracy", "macro_f1", "micro_f1", "mcc", "ece", "rmse", "pearson", "spearman"]
 Metric = DecodedMetric | ClassMetric
 PresetName = Literal["hf", "fairseq", "gnmt", "marian", "opennmt", "ctranslate2"]
+Precision = Literal["model", "bfloat16", "int8"]
 
 # What each toolkit takes when it is not told: beams and length penalty (of `hf` the beams are ours: it has 1).
 _PRESET_DEFAULTS: dict[str, tuple[int, float]] = {
     "hf": (5, 1.0), "fairseq": (5, 1.0), "gnmt": (4, 0.6), "marian": (12, 0.0), "opennmt": (5, 1.0),
     "ctranslate2": (2, 1.0),
 }  # fmt: skip
+
+
+def forget_search_of_preset(evaluation: dict[str, Any]) -> None:
+    """Takes out in place what another preset brings with it."""
+    for key in ("beam_size", "length_penalty"):
+        evaluation.pop(key, None)
 
 
 class SamplingConfig(Section):
@@ -43,14 +50,18 @@ class EvaluationConfig(Section):
         description="transformers' rule (`hf`). false: a likely bound ends a search; true: as many finished outputs as "
         "beams; never: only a certain bound.",
     )
-    num_hypotheses: int = Field(1, gt=0, description="Outputs kept of each row, in nbest.jsonl if more than one.")
-    beam_groups: int = Field(1, gt=0, description="Groups of beams that are searched one after the other.")
+    num_hypotheses: int = Field(
+        1, gt=0, description="Outputs kept of each row (with `sampling`: drawn), in nbest.jsonl if more than one."
+    )
+    beam_groups: int = Field(1, gt=0, description="Groups of beams that are searched one after the other (`hf`).")
     diversity_penalty: float = Field(
         0.0,
         ge=0.0,
         description="Taken from log p of a token for each beam of an earlier group that just chose it.",
     )
-    sampling: SamplingConfig | None = Field(None, description="Draw the outputs instead of searching.")
+    sampling: SamplingConfig | None = Field(
+        None, description="Draw the outputs instead of searching; beams do not count then."
+    )
     minimum_risk: MinimumRiskConfig | None = Field(
         None, description="Minimum Bayes risk: of many samples the one that is most like the others."
     )
@@ -66,10 +77,10 @@ class EvaluationConfig(Section):
     repetition_penalty: float = Field(
         1.0, gt=0.0, description="Above 1, tokens that were there before become less likely, as in transformers."
     )
-    bad_words: list[str] = Field(default_factory=list, description="Texts that no output has.")
+    bad_words: list[str] = Field(default_factory=list, description="Texts whose tokens are never chosen in a row.")
     allow_unknown: bool = Field(True, description="Whether an output may have the unknown token.")
     stop_strings: list[str] = Field(default_factory=list, description="Texts that end an answer (causal_lm).")
-    precision: Literal["model", "bfloat16", "int8"] = Field(
+    precision: Precision = Field(
         "model", description="Type of the weights while decoding. int8: linear layers, dynamically, on CPU only."
     )
     max_tokens_per_device: int | None = Field(
@@ -83,6 +94,18 @@ class EvaluationConfig(Section):
     )
     max_rows: int | None = Field(None, gt=0, description="Score only the first rows of the validation set.")
     initial: bool = Field(True, description="Score the model before the first step too.")
+
+    @property
+    def draws(self) -> bool:
+        """Whether outputs are drawn instead of searched."""
+        return self.sampling is not None or self.minimum_risk is not None
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs of a row that are decoded at once: beams, or draws."""
+        if self.minimum_risk is not None:
+            return self.minimum_risk.samples
+        return self.num_hypotheses if self.draws else self.beam_size
 
     @model_validator(mode="before")
     @classmethod

@@ -15,8 +15,11 @@ from pydantic import ValidationError
 
 from harness.config import messages
 from harness.config.document import Document, parse_value, read_document
+from harness.config.evaluation_schema import forget_search_of_preset
+from harness.config.prompt_rules import prompt_problems
 from harness.config.rules import contradictions
 from harness.config.schema import RunConfig
+from harness.config.search_rules import search_problems
 from harness.errors import ConfigError
 from harness.io.accelerator import Accelerator
 from harness.io.accelerator import accelerator as this_accelerator
@@ -54,6 +57,36 @@ def load_run_config(path: Path, overrides: Sequence[str] = (), *, accelerator: A
     if mistakes:
         raise _error(path, mistakes)
     return config
+
+
+def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """``config`` with ``overrides`` of `evaluation` and `data`, for the commands that decode.
+
+    A preset brings its own beams and length penalty. Raises ConfigError, also for a search that ``config`` itself asks
+    for and that cannot be.
+    """
+    document = Document(Path(config.name), config.model_dump(mode="json"))
+    mistakes = []
+    for override in overrides:
+        complaint: str | None = "only keys of evaluation and data count here, like evaluation.beam_size=6"
+        if override.startswith(("evaluation.", "data.")):
+            if override.startswith("evaluation.preset="):
+                forget_search_of_preset(document.value["evaluation"])
+            complaint = apply_override(document, override)
+        if complaint:
+            mistakes.append(Mistake(_AFTER_EVERY_LINE, _named(override), complaint))
+    if mistakes:
+        raise _error(document.path, mistakes)
+    try:
+        changed = RunConfig.model_validate(document.value)
+        found = [(tuple(key.split(".")), text) for key, text in (*search_problems(changed), *prompt_problems(changed))]
+    except ValidationError as error:
+        found = messages.explain(error, document.value)
+    if found:
+        places = [place if isinstance(place := document.place(key), str) else config.name for key, _ in found]
+        wrong = zip(places, found, strict=True)
+        raise _error(document.path, [Mistake(0, place, f"{'.'.join(key)}: {text}") for place, (key, text) in wrong])
+    return changed
 
 
 def apply_override(document: Document, override: str) -> str | None:

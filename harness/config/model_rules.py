@@ -27,7 +27,13 @@ _KEYS_OF_METHOD: dict[str, tuple[str, ...]] = {
 
 def model_problems(config: RunConfig, accelerator: Accelerator) -> list[Problem]:
     """Every contradiction of adapter, quantisation, freezing, recomputation and noise."""
-    return [*_adapter(config), *_quantization(config, accelerator), *_freeze(config), *_activations(config)]
+    return [
+        *_adapter(config),
+        *_quantization(config, accelerator),
+        *_precision(config, accelerator),
+        *_freeze(config),
+        *_activations(config),
+    ]
 
 
 def _adapter(config: RunConfig) -> Iterator[Problem]:
@@ -62,6 +68,19 @@ def _quantization(config: RunConfig, accelerator: Accelerator) -> Iterator[Probl
                 yield f"model.quantization.{key}", "is a choice of 4-bit weights: remove it, or set `bits` to 4"
     if quantization.compute_dtype == "float16" and accelerator == "cpu":
         yield "model.quantization.compute_dtype", "float16 is ten times slower on a CPU: use bfloat16 or float32"
+
+
+def _precision(config: RunConfig, accelerator: Accelerator) -> Iterator[Problem]:
+    """What cannot be decoded in int8."""
+    if config.evaluation is None or config.evaluation.precision != "int8":
+        return
+    key, method = "evaluation.precision", config.adapter.method if config.adapter is not None else None
+    if accelerator != "cpu":
+        yield key, "int8 is for CPUs: set it to bfloat16"
+    if config.model.quantization is not None:
+        yield key, "the weights are in 4 or 8 bits already (`model.quantization`): remove it"
+    if method == "dora":
+        yield key, "dora computes with the base's own weights: set it to bfloat16 or model"
 
 
 def _freeze(config: RunConfig) -> Iterator[Problem]:

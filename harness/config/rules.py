@@ -18,6 +18,7 @@ from harness.config.deepspeed import (
 from harness.config.launch_rules import launch_problems
 from harness.config.model_rules import model_problems
 from harness.config.schema import DataSource, RunConfig
+from harness.config.search_rules import search_problems
 from harness.config.task_rules import decodes, task_problems
 from harness.io.accelerator import Accelerator
 
@@ -38,6 +39,7 @@ def contradictions(config: RunConfig, accelerator: Accelerator) -> list[Problem]
         *_evaluation(config),
         *_early_stopping(config),
         *task_problems(config),
+        *search_problems(config),
         *model_problems(config, accelerator),
         *launch_problems(config),
         *deepspeed,
@@ -195,11 +197,11 @@ def _evaluation(config: RunConfig) -> Iterator[Problem]:
         yield "evaluation.metrics", "names a metric twice"
     name = "max_source_length" if config.task == "translation" else "max_length"
     tokens, longest = evaluation.max_tokens_per_device, getattr(data, name)
-    needed = evaluation.beam_size * longest
+    needed = evaluation.num_outputs * longest
     if tokens is not None and tokens < needed and decodes(config):
         yield (
             "evaluation.max_tokens_per_device",
-            f"{tokens} is less than one longest row: beam_size {evaluation.beam_size} x `data.{name}` {longest}: "
+            f"{tokens} is less than one longest row: {evaluation.num_outputs} outputs x `data.{name}` {longest}: "
             f"raise it to {needed}",
         )
 

@@ -100,7 +100,10 @@ class CleaningConfig(Section):
 class FewShotConfig(Section):
     path: str = Field(description="File of pairs that no other set has rows of.")
     examples: int = Field(3, gt=0, description="The first so many rows of it.")
-    template: str = Field("{source}\n{target}\n\n", description="One example, with the names of `prompt_template`.")
+    template: str = Field(
+        "{source_language}: {source}\n{target_language}: {target}\n",
+        description="One example, with {source}, {target}, {source_language}, {target_language}.",
+    )
 
 
 class DataConfig(Section):
@@ -127,7 +130,8 @@ class DataConfig(Section):
     messages_column: str = Field("messages", description="Column of the list of {role, content} (messages).")
     prompt_template: str | None = Field(
         None,
-        description="The prompt, with {source}, {source_language}, {target_language}, {examples} (causal_lm on pairs).",
+        description="The prompt, with {source}, {source_language}, {target_language}, {examples} (causal_lm on pairs); "
+        "null: a plain one.",
     )
     few_shot: FewShotConfig | None = Field(None, description="Examples that stand in each prompt (causal_lm on pairs).")
     constraints_column: str | None = Field(
@@ -140,6 +144,11 @@ class DataConfig(Section):
     )
     temperature: float = Field(1.0, gt=0.0, description="Mixtures: sources are drawn in proportion to size^(1/T).")
     cleaning: CleaningConfig = Field(default_factory=CleaningConfig, description="Which rows are left out.")
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether pairs are written as prompts: of task causal_lm, which always gives `prompt_template` a value."""
+        return self.format == "pairs" and self.prompt_template is not None
 
 
 class BatchConfig(Section):
@@ -247,7 +256,10 @@ class RunConfig(Section):
         if not isinstance(content, dict) or content.get("task", "translation") not in _TASK_DEFAULTS:
             return content
         row_format, metrics, watched = _TASK_DEFAULTS[content.get("task", "translation")]
-        labels = content.get("classification")
+        labels, data = content.get("classification"), content.get("data")
+        writes_prompts = content.get("task") == "causal_lm" and isinstance(data, dict) and data.get("format") == "pairs"
+        if writes_prompts:
+            _, metrics, watched = _TASK_DEFAULTS["translation"]
         if isinstance(labels, dict) and labels.get("problem") == "regression":
             metrics, watched = ["rmse", "pearson", "spearman"], "rmse"
         filled = dict(content)
@@ -262,6 +274,8 @@ class RunConfig(Section):
             given = content.get(section, {} if section in ("evaluation", "loss") else None)
             if isinstance(given, dict):
                 filled[section] = {key: value, **given}
+        if writes_prompts and filled["data"].get("prompt_template") is None:
+            filled["data"]["prompt_template"] = DEFAULT_PROMPT
         return filled
 
     @property
@@ -274,6 +288,11 @@ class RunConfig(Section):
         return self.evaluation.metrics[0] if self.evaluation.metrics else "nll"
 
 
+# What ALMA (Xu et al. 2023) asks, with examples before the question where there are some.
+DEFAULT_PROMPT = (
+    "Translate this from {source_language} to {target_language}:\n"
+    "{examples}{source_language}: {source}\n{target_language}:"
+)
 _TASK_DEFAULTS: dict[str, tuple[str, list[str], str]] = {
     "translation": ("pairs", ["bleu", "chrf"], "bleu"),
     "causal_lm": ("messages", [], "nll"),

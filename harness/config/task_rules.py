@@ -7,28 +7,32 @@ from typing import Any, get_args
 
 from harness.config.deepspeed import Problem
 from harness.config.evaluation_schema import ClassMetric, DecodedMetric
+from harness.config.prompt_rules import prompt_problems
 from harness.config.schema import RunConfig
 from harness.config.section import Section
 
 DECODED_METRICS: tuple[str, ...] = get_args(DecodedMetric)
 _REGRESSION_METRICS = ("rmse", "pearson", "spearman")
 _LABEL_METRICS = tuple(name for name in get_args(ClassMetric) if name not in _REGRESSION_METRICS)
+_LEAST_P = 0.001  # of evaluation/significance.py's 1,000 resamplings
 
-_CONVERSATIONS = ("prompt", "messages")
+_WRITTEN = "pairs written as prompts"  # `pairs` of causal_lm
+_CONVERSATIONS = ("prompt", "messages", _WRITTEN)
 _FORMATS: dict[str, tuple[str, ...]] = {
     "translation": ("pairs",),
-    "causal_lm": ("text", *_CONVERSATIONS),
+    "causal_lm": ("text", "prompt", "messages", "pairs"),
     "classification": ("labelled",),
 }
 # Key of `data` -> the formats that have a use for it.
 _FORMATS_OF_KEY: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("source_column", "target_column", "source_language", "target_language"), ("pairs",)),
-    **dict.fromkeys(("source_prefix", "max_source_length"), ("pairs",)),
+    **dict.fromkeys(("source_column", "target_column", "source_language", "target_language"), ("pairs", _WRITTEN)),
+    **dict.fromkeys(("source_prefix", "max_source_length", "constraints_column"), ("pairs",)),
     "max_target_length": ("pairs", *_CONVERSATIONS),
     "text_column": ("text", "labelled"),
     **dict.fromkeys(("text_pair_column", "label_column"), ("labelled",)),
     **dict.fromkeys(("prompt_column", "completion_column"), ("prompt",)),
     "messages_column": ("messages",),
+    **dict.fromkeys(("prompt_template", "few_shot"), (_WRITTEN,)),
     "system_prompt": _CONVERSATIONS,
     "max_length": ("text", *_CONVERSATIONS, "labelled"),
     "packing": ("text", *_CONVERSATIONS),
@@ -37,17 +41,27 @@ _FORMATS_OF_KEY: dict[str, tuple[str, ...]] = {
 _LABEL_KEYS = ("classification", "loss.focal_gamma", "loss.class_weights")
 _BEAM_KEYS = (
     "preset", "beam_size", "length_penalty", "max_target_length", "max_length_ratio", "min_target_length",
-    "no_repeat_ngram", "repetition_penalty", "max_tokens_per_device",
+    "no_repeat_ngram", "repetition_penalty", "max_tokens_per_device", "early_stopping", "num_hypotheses",
+    "beam_groups", "diversity_penalty", "sampling", "minimum_risk", "min_length_ratio", "bad_words", "allow_unknown",
+    "precision",
 )  # fmt: skip
 _TASKS_OF_KEY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_LABEL_KEYS, ("classification",)),
     **dict.fromkeys((f"evaluation.{key}" for key in _BEAM_KEYS), ("translation", "causal_lm")),
+    "evaluation.stop_strings": ("causal_lm",),
 }
 
 
 def task_problems(config: RunConfig) -> list[Problem]:
     """Every contradiction between the task and the rest of the run file."""
-    return [*_foreign_keys(config), *_format(config), *_classification(config), *_metrics(config)]
+    return [
+        *_foreign_keys(config),
+        *_format(config),
+        *_classification(config),
+        *_metrics(config),
+        *_significance(config),
+        *prompt_problems(config),
+    ]
 
 
 def decodes(config: RunConfig) -> bool:
@@ -64,8 +78,9 @@ def is_set(section: Section, key: str) -> bool:
 
 def _foreign_keys(config: RunConfig) -> Iterator[Problem]:
     data = config.data
+    row_format = _WRITTEN if config.task == "causal_lm" and data.format == "pairs" else data.format
     for key, formats in _FORMATS_OF_KEY.items():
-        if data.format not in formats and is_set(data, key):
+        if row_format not in formats and is_set(data, key):
             yield f"data.{key}", f"has no meaning with `data.format` {data.format} (task {config.task}): remove it"
     for path, tasks in _TASKS_OF_KEY.items():
         section: Any = config
@@ -101,6 +116,16 @@ def _classification(config: RunConfig) -> Iterator[Problem]:
         yield "loss.class_weights", f"{', '.join(unknown)} is not in `classification.labels`: {', '.join(labels)}"
     if any(weight <= 0 for weight in weights.values()):
         yield "loss.class_weights", "a weight must be greater than 0: leave the rows of that label out instead"
+
+
+def _significance(config: RunConfig) -> Iterator[Problem]:
+    stopping, key = config.early_stopping, "early_stopping.significance"
+    if stopping is None or stopping.significance is None:
+        return
+    if stopping.metric not in DECODED_METRICS:
+        yield key, f"compares the outputs of {', '.join(DECODED_METRICS)}, and {stopping.metric} has none: remove it"
+    elif stopping.significance < _LEAST_P:
+        yield key, f"a paired bootstrap gives no p below {_LEAST_P}: raise it to that or more"
 
 
 def _metrics(config: RunConfig) -> Iterator[Problem]:

@@ -30,7 +30,7 @@ from harness.io.atomic import fsync_directory, sha256_file, write_json
 
 __all__ = ["Encode", "Encoded", "EncodedRows", "Prepared", "cache_key", "load_rows", "prepare_rows", "write_reports"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ROWS_PER_BATCH = 4096
 QUARANTINE_FILE, REPORT_FILE = "quarantine.jsonl", "data_report.json"
 Encode = Callable[[list[Row]], list[tuple[Row, Encoded] | BadRow]]
@@ -151,7 +151,7 @@ def _whole(found: list[tuple[Row, Encoded] | BadRow], cleaner: Cleaner, is_train
 def _learnable(examples: list[tuple[Row, Encoded]], data: DataConfig, cleaner: Cleaner) -> list[tuple[Row, Encoded]]:
     """The examples that are whole, or a text to be classified by its beginning, and have something to learn."""
     limit = f"{data.max_source_length} source or {data.max_target_length} target"
-    too_long = f"more than {limit if data.format == 'pairs' else data.max_length} tokens"
+    too_long = f"more than {limit if data.format == 'pairs' and not data.has_prompts else data.max_length} tokens"
     kept = []
     for row, encoded in examples:
         if encoded.truncated and data.format != "labelled":

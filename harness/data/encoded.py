@@ -30,7 +30,7 @@ from harness.io.atomic import read_json, write_json
 Int32Array = NDArray[np.int32]
 Lists = tuple[Int32Array, NDArray[Any]]  # offsets and values
 Example = tuple[Int32Array, NDArray[Any], int]  # input_ids, labels, marker
-TEXT_COLUMNS = ("source", "target", "source_language", "target_language", "source_pair", "where")
+TEXT_COLUMNS = ("source", "target", "source_language", "target_language", "source_pair", "constraints", "where")
 TEXT_SCHEMA = pa.schema({name: pa.large_string() for name in TEXT_COLUMNS})
 ROWS_FILE, META_FILE = "rows.arrow", "meta.json"
 SOURCE_SIZES_FILE, TARGET_SIZES_FILE = "source_sizes.npy", "target_sizes.npy"

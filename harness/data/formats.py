@@ -69,11 +69,12 @@ def _pairs(source: DataSource, data: DataConfig) -> Columns:
 
     def build(where: str, values: Sequence[Any]) -> Row:
         text, translation, *named = values
-        ours, theirs = (given or default for given, default in zip(named, languages, strict=True))
-        return Row(where, text, translation, ours, theirs)
+        ours, theirs = (given or default for given, default in zip(named[:2], languages, strict=True))
+        return Row(where, text, translation, ours, theirs, constraints=named[2] if constraints else None)
 
+    constraints = (data.constraints_column,) if data.constraints_column else ()
     keys = "data.source_column and data.target_column name the columns"
-    return Columns((data.source_column, data.target_column), LANGUAGE_COLUMNS, keys, build)
+    return Columns((data.source_column, data.target_column), (*LANGUAGE_COLUMNS, *constraints), keys, build)
 
 
 def _text(source: DataSource, data: DataConfig) -> Columns:

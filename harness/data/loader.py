@@ -18,7 +18,8 @@ PACKED_FORMATS = ("text", "prompt", "messages")
 
 def pack_length(data: DataConfig) -> int | None:
     """The longest pack of rows in tokens; None if each row stands alone."""
-    return data.max_length if data.packing and data.format in PACKED_FORMATS else None
+    is_packed = data.packing and (data.format in PACKED_FORMATS or data.has_prompts)
+    return data.max_length if is_packed else None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ class Row:
 
     ``source`` is what the model reads and ``target`` what it should say, as text, whatever the task: of a labelled row
     the label; of a conversation the last turn of the assistant, and all turns before it; of a plain document nothing.
-    ``messages`` are the turns of a conversation, each with ``role`` and ``content``.
+    ``messages`` are the turns of a conversation, each with ``role`` and ``content``. ``constraints`` are phrases that
+    an output must have, parted by ``|||``.
     """
 
     where: str
@@ -26,6 +27,7 @@ class Row:
     target_language: str | None = None
     source_pair: str | None = None
     messages: tuple[Message, ...] = ()
+    constraints: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ Shapes: B rows, S source positions, P positions of the decoder's prefix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,11 +17,22 @@ from torch import Tensor
 from harness.config.evaluation_schema import PresetName
 from harness.decoding.constraints import Constraints
 from harness.decoding.decode import Decoder, Hypothesis, Search, Source
+from harness.decoding.diverse import DiverseBeamSearch
+from harness.decoding.lexical import ConstrainedBeamSearch, Phrase
 from harness.decoding.presets import PRESETS, Preset, Stop
 from harness.decoding.sampling import Sampling
-from harness.decoding.search import BeamSearch, Chain
+from harness.decoding.search import BeamSearch, Chain, Rule
+from harness.models.stops import StopStrings
 
 EXTRA_LENGTH = 10  # tokens that `max_length_ratio` allows beyond the multiple of the source
+
+
+@dataclass(frozen=True)
+class MinimumRisk:
+    """Minimum Bayes risk decoding: of `samples` draws, those with the greatest expected `utility`."""
+
+    utility: Literal["chrf", "bleu"]
+    samples: int
 
 
 @dataclass(frozen=True)
@@ -30,8 +41,11 @@ class BeamSettings:
 
     With `max_length_ratio` a row's output is also no longer than ratio x its own source + 10, whoever shares its batch:
     </s> is forced there. `beam_size` 1 is greedy. `preset` says how a hypothesis is scored and when the
-    search stops; `early_stopping` is Hugging Face's and changes when `hf` does. The `num_hypotheses` best are returned.
-    `sampling` draws one output instead of searching.
+    search stops; `early_stopping` is Hugging Face's and changes when `hf` does. `beam_groups` and `diversity_penalty`
+    are those of `DiverseBeamSearch`. The `num_hypotheses` best are returned.
+
+    `sampling` draws as many outputs instead of searching, in the order of their numbers; with `minimum_risk` as many as
+    that wants, of which the caller takes the best.
     """
 
     beam_size: int
@@ -41,16 +55,39 @@ class BeamSettings:
     num_hypotheses: int = 1
     preset: PresetName = "hf"
     early_stopping: bool | Literal["never"] = False
+    beam_groups: int = 1
+    diversity_penalty: float = 0.0
     constraints: Constraints | None = None
     sampling: Sampling | None = None
+    minimum_risk: MinimumRisk | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_hypotheses <= self.beam_size:
-            raise ValueError(f"num_hypotheses={self.num_hypotheses} must lie between 1 and beam_size={self.beam_size}")
-        if self.early_stopping and self.preset != "hf":
-            raise ValueError(f"early_stopping={self.early_stopping} is of hf; {self.preset} has a rule of its own")
+        if not 1 <= self.num_hypotheses <= self.num_outputs:
+            raise ValueError(f"num_hypotheses={self.num_hypotheses} must lie between 1 and {self.num_outputs} outputs")
+        if self.preset != "hf" and (self.early_stopping or self.beam_groups > 1):
+            raise ValueError(f"early_stopping and beam_groups are of hf; {self.preset} has rules of its own")
+        if self.beam_size % self.beam_groups:
+            raise ValueError(f"beam_groups={self.beam_groups} must divide beam_size={self.beam_size}")
         if self.sampling and self.beam_size > 1:
-            raise ValueError(f"sampling draws one output: beam_size={self.beam_size} must be 1")
+            raise ValueError(f"draws have no beams: beam_size={self.beam_size} must be 1")
+        if self.minimum_risk and not self.sampling:
+            raise ValueError("minimum_risk chooses among samples: it needs sampling")
+
+    @property
+    def formula(self) -> str:
+        """The score of an output in words."""
+        if self.minimum_risk:
+            return (
+                f"expected sentence {self.minimum_risk.utility} against {self.minimum_risk.samples} samples, 0 to 100"
+            )
+        return self.convention.formula
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs of a row that are decoded at once."""
+        if self.minimum_risk:
+            return self.minimum_risk.samples
+        return self.num_hypotheses if self.sampling else self.beam_size
 
     @property
     def convention(self) -> Preset:
@@ -70,34 +107,53 @@ def decode(
     synced: bool = False,
     agree: Callable[[list[float]], list[float]] = list,
     stop_wanted: Callable[[], bool] = lambda: False,
+    first_row: int = 0,
+    phrases: Mapping[int, Sequence[Phrase]] | None = None,
+    found: dict[int, list[Hypothesis]] | None = None,
 ) -> dict[int, list[Hypothesis]] | None:
-    """The best outputs of `rows` (default: all), best first; None on every rank if one wants to stop.
+    """The best outputs of `rows` (default: all), best first; None on every rank if one wants to stop. Meanwhile `found`
+    fills up with those of rows that have ended.
 
     `model` is a Hugging Face model (`engine.module` under DeepSpeed), perhaps with an adapter. `sizes` are source
     tokens by row, `collate` gives what `DecodingTask.collate_sources` does. At any time no more than `max_tokens` are
     decoded, rows x beams x longest source. With several ranks `agree` adds numbers up over them. `synced`: parameters
-    are shared between ranks (ZeRO-3), so ranks move in step until the last one has finished.
+    are shared between ranks (ZeRO-3), so ranks move in step until the last one has finished. Draws follow from a row's
+    number, counted from `first_row`. `phrases` are what the outputs of rows must have.
     """
     if not sizes:
         return {}
     known = collate([0])
     pad, ends = known.get("pad"), known.get("ends") or _as_list(model.config.eos_token_id)
-    search = _search(settings, model.config.pad_token_id if pad is None else pad, ends)
+    pad = model.config.pad_token_id if pad is None else pad
+    numbered = {first_row + row: tokens for row, tokens in (phrases or {}).items()}
+    rule = replace(_rule(settings, tuple(ends), numbered), stops=known.get("stops"))
+    search = _search(settings, pad, rule)
 
     def fetch(wanted: list[int]) -> Source:
         return _source(**collate(wanted))
 
-    decoder = Decoder(model, search, sizes, fetch, max_tokens, synced, agree, stop_wanted)
+    found = {} if found is None else found
+    decoder = Decoder(model, search, sizes, fetch, max_tokens, synced, agree, stop_wanted, first_row, found)
     return decoder(range(len(sizes)) if rows is None else rows)
 
 
-def _search(settings: BeamSettings, pad: int, ends: Sequence[int]) -> Search:
+def _search(settings: BeamSettings, pad: int, rule: Rule) -> Search:
     """What the decoder is told of the settings."""
-    num_outputs, num_wanted, ratio = settings.beam_size, settings.num_hypotheses, settings.max_length_ratio
-    options = (tuple(ends), settings.length_penalty, settings.convention)
-    rule = Chain(*options, settings.sampling) if num_outputs == 1 else BeamSearch(*options, num_wanted)
+    num_outputs, ratio = settings.num_outputs, settings.max_length_ratio
+    num_wanted = num_outputs if settings.sampling else settings.num_hypotheses
     limits = None if ratio is None else lambda sizes_R: (sizes_R * ratio).long() + EXTRA_LENGTH
     return Search(num_outputs, num_wanted, rule, pad, settings.max_length, limits, settings.constraints)
+
+
+def _rule(settings: BeamSettings, ends: tuple[int, ...], phrases: Mapping[int, Sequence[Phrase]]) -> Rule:
+    options = (ends, settings.length_penalty, settings.convention)
+    if settings.sampling or settings.beam_size == 1:
+        return Chain(*options, settings.num_outputs, settings.sampling)
+    if phrases:
+        return ConstrainedBeamSearch(*options, settings.num_hypotheses, phrases=phrases)
+    if settings.beam_groups == 1:
+        return BeamSearch(*options, settings.num_hypotheses)
+    return DiverseBeamSearch(*options, settings.num_hypotheses, settings.beam_groups, settings.diversity_penalty)
 
 
 def _source(
@@ -107,6 +163,7 @@ def _source(
     forced_first: Sequence[int] | Tensor | None = None,
     pad: int | None = None,
     ends: Sequence[int] = (),
+    stops: StopStrings | None = None,
 ) -> Source:
     """Sources with what their decoders start with."""
     starts = [] if decoder_start_B is None else [decoder_start_B]

@@ -16,8 +16,9 @@ from harness.decoding.beams import NOTHING, Beams
 
 @dataclass(frozen=True)
 class Constraints:
-    """`min_length` counts output tokens before </s>. `no_repeat_ngram`: no sequence of so many tokens comes twice.
-    `repetition_penalty` > 1 makes what was there before less likely. `bad_words` are token sequences.
+    """`min_length` counts output tokens before </s>, `min_length_ratio` as a multiple of the row's own source.
+    `no_repeat_ngram`: no sequence of so many tokens comes twice. `repetition_penalty` > 1 makes what was there before
+    less likely. `bad_words` are token sequences.
 
     What was there before is the output and the decoder's start or prompt, as Hugging Face counts it.
     """
@@ -26,6 +27,11 @@ class Constraints:
     no_repeat_ngram: int = 0
     repetition_penalty: float = 1.0
     bad_words: tuple[tuple[int, ...], ...] = ()
+    min_length_ratio: float | None = None
+
+    def shortest(self, sizes_R: Tensor) -> Tensor:
+        """Output tokens before an end of R sources of `sizes_R` tokens."""
+        return (sizes_R * (self.min_length_ratio or 0.0)).long().clamp(min=self.min_length)
 
     def __call__(self, scores_RNV: Tensor, beams: Beams, ends: tuple[int, ...]) -> Tensor:
         """Scores of what may come next; -inf for what may not."""
@@ -33,10 +39,13 @@ class Constraints:
             scores_RNV = self._penalised(scores_RNV, _history(beams))
         if self.no_repeat_ngram:
             scores_RNV = _without_repeats(scores_RNV, _history(beams), self.no_repeat_ngram)
+        if single := [words[0] for words in self.bad_words if len(words) == 1]:
+            scores_RNV = scores_RNV.index_fill(2, torch.tensor(single, device=scores_RNV.device), -torch.inf)
         for words in self.bad_words:
-            scores_RNV = _without(scores_RNV, _history(beams), words)
-        if self.min_length:
-            is_short_R = beams.length_R < self.min_length
+            if len(words) > 1:
+                scores_RNV = _without(scores_RNV, _history(beams), words)
+        if self.min_length or self.min_length_ratio:
+            is_short_R = beams.length_R < beams.shortest_R
             banned_V = torch.zeros(scores_RNV.shape[2], dtype=torch.bool, device=scores_RNV.device)
             banned_V[list(ends)] = True
             scores_RNV = scores_RNV.masked_fill(is_short_R[:, None, None] & banned_V, -torch.inf)

@@ -6,17 +6,17 @@ Shapes: R sentences, N running outputs of each, S source positions, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from harness.decoding.beams import NOTHING, Beams
+from harness.decoding.beams import NEVER, NOTHING, Beams
 from harness.decoding.constraints import Constraints
-from harness.decoding.search import Rule
+from harness.decoding.search import Chain, Rule
 from harness.io import heartbeat
-from harness.models.stepper import Stepper
+from harness.models.ensemble import Trees, stepper_of
 from harness.models.tree import Tree
 
 AGREE_EVERY = 16  # steps between two agreements of ranks that do not move in step
@@ -25,10 +25,14 @@ LEAVING = 8  # the batch is packed anew when one of so many sentences has ended
 
 
 class Hypothesis(NamedTuple):
-    """An output without decoder start, forced first token, </s> and padding, and its score."""
+    """An output without decoder start, forced first token, </s> and padding, and its score.
+
+    `is_at_limit`: it is as long as an output of its row may be, so that it may have been cut off.
+    """
 
     token_ids: list[int]
     score: float
+    is_at_limit: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Search:
 @dataclass
 class _Running:
     rows: list[int]
-    tree: Tree
+    tree: Tree | Trees
     beams: Beams
     parents_RN: Tensor
     num_forced: int
@@ -72,9 +76,10 @@ class _Running:
 @dataclass
 class Decoder:
     """Decodes rows of `sizes` source tokens, which `fetch` reads, in batches of rows x beams x longest <= `max_tokens`.
+    Draws follow from a row's number, counted from `first_row`.
 
     With several ranks `agree` adds numbers up over them. `synced`: parameters are shared between ranks (ZeRO-3), which
-    then move in step until the last one has finished.
+    then move in step until the last one has finished. `found` fills up with the outputs of rows that have ended.
     """
 
     model: Any
@@ -85,10 +90,11 @@ class Decoder:
     synced: bool = False
     agree: Callable[[list[float]], list[float]] = list
     stop_wanted: Callable[[], bool] = lambda: False
+    first_row: int = 0
+    found: dict[int, list[Hypothesis]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.stepper = Stepper(self.model, self.search.num_outputs)
-        self.found: dict[int, list[Hypothesis]] = {}
+        self.stepper = stepper_of(self.model, self.search.num_outputs)
         self.running: _Running | None = None
         self.idle: _Running | None = None
 
@@ -127,7 +133,7 @@ class Decoder:
         has_room = self.running.tree.has_room
         if has_room and not is_cpu and turn % LOOK_EVERY:
             return
-        is_open = self.running.beams.is_open_R.tolist()
+        is_open = self.running.beams.is_open.tolist()
         num_closed = is_open.count(False)
         if has_room and num_closed * LEAVING < len(is_open):
             return
@@ -170,13 +176,16 @@ class Decoder:
         source = self.fetch(rows)
         logits_RV, tree = self.stepper.read(source.input_ids_RS, source.mask_RS, source.prefix_RP)
         forced_RP = source.prefix_RP[:, source.prefix_RP.shape[1] - source.num_forced :]
-        limit_R = torch.full((len(rows),), self.search.max_length, device=logits_RV.device)
+        constraints, sizes_R = self.search.constraints, source.mask_RS.sum(dim=1)
+        limit_R = torch.full_like(sizes_R, self.search.max_length)
         if self.search.limits is not None:
-            limit_R = torch.minimum(limit_R, self.search.limits(source.mask_RS.sum(dim=1)))
+            limit_R = torch.minimum(limit_R, self.search.limits(sizes_R))
         beams = Beams.begin(
             forced_RP, limit_R, self.search.num_outputs, source.num_forced + 1,
-            rows_R=torch.tensor(rows, device=logits_RV.device),
-            before_RC=source.before if self.search.constraints else source.prefix_RP[:, :0],
+            rows_R=torch.tensor(rows, device=logits_RV.device) + self.first_row,
+            before_RC=source.before if constraints else source.prefix_RP[:, :0],
+            shortest_R=torch.minimum(constraints.shortest(sizes_R), limit_R - 1) if constraints else None,
+            num_groups=self.search.rule.num_groups,
         )  # fmt: skip
         parents_RN = self._advance(beams, logits_RV.unsqueeze(1).expand(-1, self.search.num_outputs, -1))
         return _Running(rows, tree, beams, parents_RN, source.num_forced)
@@ -186,7 +195,7 @@ class Decoder:
         running = self.running or self.idle
         assert running is not None, "a rank that steps along has read along"
         beams = running.beams
-        is_open_R = beams.is_open_R & (self.running is not None)
+        is_open_R = beams.is_open & (self.running is not None)
         logits_RNV = self.stepper.step(running.tree, beams.last_tokens, running.parents_RN, is_open_R)
         if self.running is None:
             running.tree.forget_last_step()
@@ -194,11 +203,11 @@ class Decoder:
             running.parents_RN = self._advance(beams, logits_RNV)
 
     def _advance(self, beams: Beams, logits_RNV: Tensor) -> Tensor:
-        """The step that the rule takes: beams by constrained log p, one output by constrained logits, both as
-        transformers does it."""
+        """The step that the rule takes: beams by constrained log p, chains by constrained logits, both as transformers
+        does it."""
         rule, constraints = self.search.rule, self.search.constraints
         log_p_RNV = logits_RNV.log_softmax(dim=2)
-        if self.search.num_outputs > 1 or not constraints:
+        if not isinstance(rule, Chain) or not constraints:
             log_p_RNV = constraints(log_p_RNV, beams, rule.ends) if constraints else log_p_RNV
             return rule.advance(beams, self._limited(log_p_RNV, beams))
         choice_RNV = self._limited(constraints(logits_RNV, beams, rule.ends), beams)
@@ -239,10 +248,10 @@ class Decoder:
             beams.best_RNL[place, :num].tolist(), beams.best_length_RN[place, :num].tolist(),
             beams.best_score_RN[place, :num].tolist(), strict=True,
         )  # fmt: skip
-        ends = {self.search.pad, *self.search.rule.ends}
+        ends, limit = {self.search.pad, *self.search.rule.ends}, int(beams.limit_R[place])
         found = []
-        for tokens, length, score in sequences:
+        for tokens, length, score in (one for one in sequences if one[2] > NEVER / 2):
             output = tokens[running.num_forced : length]
             end = next((index for index, token in enumerate(output) if token in ends), len(output))
-            found.append(Hypothesis(output[:end], score))
+            found.append(Hypothesis(output[:end], score, length >= limit))
         return found

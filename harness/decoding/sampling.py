@@ -1,6 +1,6 @@
-"""Sampling: one token of each sentence, drawn so that neighbours change nothing.
+"""Sampling: the next token of each output, drawn so that neighbours change nothing.
 
-Shapes: R sentences, one running output of each, V vocabulary.
+Shapes: R sentences, N outputs drawn of each, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MASK = (1 << 64) - 1
 @dataclass(frozen=True)
 class Sampling:
     """Scores are divided by `temperature`; the `top_k` likeliest stay (0: all), and of these as many of the likeliest
-    as have a probability of `top_p` together. Rows draw from `seed`, their own number and the position alone."""
+    as have a probability of `top_p` together. A draw follows from `seed`, row, sample and position alone."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -27,27 +27,27 @@ class Sampling:
         if not (self.temperature > 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise ValueError(f"temperature above 0, top_k from 0, top_p above 0 and up to 1: {self}")
 
-    def draw(self, scores_RV: Tensor, rows_R: Tensor, length_R: Tensor) -> Tensor:
-        """A token [R] of each row: the one in whose share of the sorted probabilities the row's number falls."""
-        p_RV, tokens_RV = self.probabilities(scores_RV).sort(dim=1, descending=True, stable=True)
+    def draw(self, scores_RNV: Tensor, rows_R: Tensor, length_R: Tensor) -> Tensor:
+        """A token [R, N] of each output: the one in whose share of the probabilities its own number falls."""
         pairs = zip(rows_R.tolist(), length_R.tolist(), strict=True)
-        number_R = torch.tensor([uniform(self.seed, row, length) for row, length in pairs], device=p_RV.device)
-        reached_RV = p_RV.double().cumsum(dim=1)
-        place_R = (reached_RV <= (number_R * reached_RV[:, -1]).unsqueeze(1)).sum(dim=1, keepdim=True)
-        return tokens_RV.gather(1, place_R.clamp(max=p_RV.shape[1] - 1)).squeeze(1)
+        numbers = [[uniform(self.seed, row, n, length) for n in range(scores_RNV.shape[1])] for row, length in pairs]
+        reached_RNV = self.probabilities(scores_RNV).double().cumsum(dim=2)
+        number_RN1 = torch.tensor(numbers, dtype=torch.float64, device=scores_RNV.device).unsqueeze(2)
+        place_RN1 = torch.searchsorted(reached_RNV, number_RN1 * reached_RNV[..., -1:], right=True)
+        return place_RN1.clamp(max=scores_RNV.shape[2] - 1).squeeze(2)
 
-    def probabilities(self, scores_RV: Tensor) -> Tensor:
-        """What is drawn from; the warpers of transformers 5.23 in their order."""
-        scores_RV = scores_RV / self.temperature
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """What is drawn from [..., V]; the warpers of transformers 5.23 in their order."""
+        scores = scores / self.temperature
         if self.top_k:
-            lowest_R1 = scores_RV.topk(min(self.top_k, scores_RV.shape[1])).values[:, -1:]
-            scores_RV = scores_RV.masked_fill(scores_RV < lowest_R1, -torch.inf)
+            lowest = scores.topk(min(self.top_k, scores.shape[-1])).values[..., -1:]
+            scores = scores.masked_fill(scores < lowest, -torch.inf)
         if self.top_p < 1.0:
-            sorted_RV, tokens_RV = scores_RV.sort(dim=1)
-            is_tail_RV = sorted_RV.softmax(dim=1).cumsum(dim=1) <= 1 - self.top_p
-            is_tail_RV[:, -1] = False
-            scores_RV = scores_RV.masked_fill(is_tail_RV.scatter(1, tokens_RV, is_tail_RV), -torch.inf)
-        return scores_RV.softmax(dim=1)
+            ascending, tokens = scores.sort(dim=-1)
+            is_tail = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - self.top_p
+            is_tail[..., -1] = False
+            scores = scores.masked_fill(torch.zeros_like(is_tail).scatter(-1, tokens, is_tail), -torch.inf)
+        return scores.softmax(dim=-1)
 
 
 def uniform(*numbers: int) -> float:

@@ -9,7 +9,7 @@ Shapes: R sentences, N running outputs (beams) of each, K candidates, L output t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,26 +17,40 @@ from torch import Tensor
 from harness.decoding.beams import NEVER, Beams
 from harness.decoding.presets import HF, Preset
 from harness.decoding.sampling import Sampling
+from harness.models.stops import StopStrings
 
 BLOCK = 64  # log p are searched for the best in blocks of the vocabulary
 
 
 @dataclass(frozen=True)
 class Rule(ABC):
-    """How a search goes on. `ends` are the tokens that end an output; scores are those of `preset`."""
+    """How a search goes on. `ends` are the tokens that end an output, `stops` the texts; scores are those of `preset`.
+
+    An output that a text ends is scored as one cut at the longest length: with all of its tokens.
+    """
 
     ends: tuple[int, ...]
     length_penalty: float
     preset: Preset = HF
+    stops: StopStrings | None = field(default=None, kw_only=True)
+
+    @property
+    def num_groups(self) -> int:
+        """Into how many groups, each searched by itself, a sentence's running outputs are dealt."""
+        return 1
 
     @abstractmethod
     def advance(self, beams: Beams, log_p_RNV: Tensor, choice_RNV: Tensor | None = None) -> Tensor:
         """Takes the next step of every open search in place; returns which output [R, N] each running one goes on
-        from. What is taken may follow from other numbers than log p, `choice_RNV`, where one output is running."""
+        from. A chain may take what follows from other numbers than log p, `choice_RNV`."""
 
     def is_end(self, tokens: Tensor) -> Tensor:
         """Which tokens end an output."""
         return torch.isin(tokens, torch.tensor(self.ends, device=tokens.device))
+
+    def is_over(self, tokens_RNL: Tensor, length_R: Tensor, is_end_RN: Tensor) -> Tensor:
+        """Which outputs, of `length_R` tokens, have ended by their last token or text."""
+        return is_end_RN if self.stops is None else is_end_RN | self.stops.reached(tokens_RNL, length_R)
 
     def score(self, log_p: Tensor, length: Tensor, is_end: Tensor) -> Tensor:
         """Scores of outputs of `length` tokens, of which the last one may be an end."""
@@ -50,29 +64,36 @@ class BeamSearch(Rule):
     num_wanted: int = 1
 
     def advance(self, beams: Beams, log_p_RNV: Tensor, choice_RNV: Tensor | None = None) -> Tensor:
-        num_sentences, num_outputs, _ = log_p_RNV.shape
+        num_outputs = log_p_RNV.shape[1]
         num_candidates = num_outputs * (1 if self.preset.has_no_spare else max(2, 1 + len(self.ends)))
         log_p_RK, parents_RK, tokens_RK = best_continuations(log_p_RNV, beams.log_p_RN, num_candidates)
         length_R = beams.length_R + 1
+        candidates_RKL = extended(beams, parents_RK, tokens_RK)
         is_end_RK = self.is_end(tokens_RK)
-        ended_RK = is_end_RK | (length_R >= beams.limit_R).unsqueeze(1)
-        candidates_RKL = _take(beams.tokens_RNL, parents_RK)
-        at_end = (length_R - 1).clamp(max=candidates_RKL.shape[2] - 1)[:, None, None].expand(-1, num_candidates, 1)
-        candidates_RKL.scatter_(2, at_end, tokens_RK.unsqueeze(2))
-        running_RK = log_p_RK + ended_RK * NEVER
+        is_over_RK = self.is_over(candidates_RKL, length_R, is_end_RK)
+        ended_RK = is_over_RK | (length_R >= beams.limit_R).unsqueeze(1)
+        running_RK = log_p_RK + is_over_RK * NEVER
         if self.preset.stop == "narrow":
             running_RK = running_RK + self._is_beyond(beams, ended_RK) * NEVER
 
-        is_new_RK = self._may_finish(beams, ended_RK, is_end_RK)
+        is_new_RK = self._may_finish(beams, ended_RK, is_over_RK)
         score_RK = self.score(log_p_RK, length_R.unsqueeze(1), is_end_RK)
         self._finish(beams, score_RK, is_new_RK, candidates_RKL, length_R)
         chosen_RN = running_RK.topk(num_outputs).indices
-        is_open_R1 = beams.is_open_R.unsqueeze(1)
-        beams.tokens_RNL = torch.where(is_open_R1.unsqueeze(2), _take(candidates_RKL, chosen_RN), beams.tokens_RNL)
-        beams.log_p_RN = torch.where(is_open_R1, running_RK.gather(1, chosen_RN), beams.log_p_RN)
-        beams.length_R = torch.where(beams.is_open_R, length_R, beams.length_R)
+        parents_RN = self._go_on(beams, running_RK.gather(1, chosen_RN), candidates_RKL, parents_RK, chosen_RN)
         self._stop(beams, ended_RK)
-        own_RN = torch.arange(num_outputs, device=parents_RK.device).expand(num_sentences, -1)
+        return parents_RN
+
+    def _go_on(
+        self, beams: Beams, log_p_RN: Tensor, candidates_RKL: Tensor, parents_RK: Tensor, chosen_RN: Tensor
+    ) -> Tensor:
+        """Makes the chosen candidates the running outputs of open searches; returns their parents."""
+        is_open_R1 = beams.is_open.unsqueeze(1)
+        chosen_RNL = _take(candidates_RKL, chosen_RN)
+        beams.tokens_RNL = torch.where(is_open_R1.unsqueeze(2), chosen_RNL, beams.tokens_RNL)
+        beams.log_p_RN = torch.where(is_open_R1, log_p_RN, beams.log_p_RN)
+        beams.length_R = beams.length_R + beams.is_open
+        own_RN = torch.arange(chosen_RN.shape[1], device=chosen_RN.device).expand_as(chosen_RN)
         return torch.where(is_open_R1, parents_RK.gather(1, chosen_RN), own_RN)
 
     def _is_beyond(self, beams: Beams, ended_RK: Tensor) -> Tensor:
@@ -81,13 +102,13 @@ class BeamSearch(Rule):
         num_places_R = beams.is_full_RN.shape[1] - beams.is_full_RN.sum(dim=1)
         return rank_K >= num_places_R.unsqueeze(1)
 
-    def _may_finish(self, beams: Beams, ended_RK: Tensor, is_end_RK: Tensor) -> Tensor:
+    def _may_finish(self, beams: Beams, ended_RK: Tensor, is_over_RK: Tensor) -> Tensor:
         """Which candidates of open searches are finished outputs: as a rule the ended ones of the best N."""
         num_outputs = beams.is_full_RN.shape[1]
-        is_new_RK = ended_RK & beams.is_open_R.unsqueeze(1)
+        is_new_RK = ended_RK & beams.is_open.unsqueeze(1)
         if self.preset.stop == "bound":  # one cut short only if nothing has ended by itself
-            has_ended_R = (is_new_RK & is_end_RK).any(dim=1) | beams.is_full_RN.any(dim=1)
-            return is_new_RK & (is_end_RK | ~has_ended_R.unsqueeze(1))
+            has_ended_R = (is_new_RK & is_over_RK).any(dim=1) | beams.is_full_RN.any(dim=1)
+            return is_new_RK & (is_over_RK | ~has_ended_R.unsqueeze(1))
         is_new_RK[:, num_outputs:] = False
         if self.preset.stop == "narrow":
             return is_new_RK & ~self._is_beyond(beams, ended_RK)
@@ -121,41 +142,51 @@ class BeamSearch(Rule):
             is_done_R = ~beams.can_improve_R & (beams.is_full_RN.sum(dim=1) >= self.num_wanted)
         else:
             is_done_R = is_full_R
-        beams.is_open_R = beams.is_open_R & ~is_done_R & ~ended_RK.all(dim=1)
+        beams.is_open_RG = beams.is_open_RG & ~(is_done_R | ended_RK.all(dim=1)).unsqueeze(1)
 
     def _can_overtake(self, beams: Beams, counts_R: Tensor) -> Tensor:
         """Whether the best running output could still be better than the worst finished one, where that counts."""
         looks_ahead = self.preset.stop in ("impossible", "bound") and self.length_penalty > 0.0
         length_R = beams.limit_R if looks_ahead else beams.length_R
-        best_R = self.score(beams.log_p_RN[:, 0], length_R, torch.zeros_like(beams.is_open_R))
+        best_R = self.score(beams.log_p_RN[:, 0], length_R, torch.zeros_like(beams.is_open))
         worst_R = torch.where(beams.is_full_RN, beams.best_score_RN, torch.inf).min(dim=1).values
         return best_R > torch.where(counts_R, worst_R, NEVER)
 
 
 @dataclass(frozen=True)
 class Chain(Rule):
-    """One running output that takes the likeliest token at each position, or draws it; the score only describes it."""
+    """`num_chains` running outputs, each of which takes the likeliest token at each position, or draws it; the score
+    only describes it. Of several chains each is a draw of its own, in the order of their numbers."""
 
+    num_chains: int = 1
     sampling: Sampling | None = None
 
+    @property
+    def num_groups(self) -> int:
+        return self.num_chains
+
     def advance(self, beams: Beams, log_p_RNV: Tensor, choice_RNV: Tensor | None = None) -> Tensor:
-        choice_RV = (log_p_RNV if choice_RNV is None else choice_RNV)[:, 0]
+        choice_RNV = log_p_RNV if choice_RNV is None else choice_RNV
         if self.sampling is None:
-            tokens_RN = choice_RV.argmax(dim=1, keepdim=True)
+            tokens_RN = choice_RNV.argmax(dim=2)
         else:
-            tokens_RN = self.sampling.draw(choice_RV, beams.rows_R, beams.length_R).unsqueeze(1)
-        log_p_RN = log_p_RNV[:, 0].gather(1, tokens_RN)
-        beams.length_R = beams.length_R + beams.is_open_R
-        at_end_RNL = (beams.length_R - 1)[:, None, None]
-        is_open_R1 = beams.is_open_R.unsqueeze(1)
-        tokens_RN = torch.where(is_open_R1, tokens_RN, beams.tokens_RNL.gather(2, at_end_RNL).squeeze(2))
+            tokens_RN = self.sampling.draw(choice_RNV, beams.rows_R, beams.length_R)
+        log_p_RN = log_p_RNV.gather(2, tokens_RN.unsqueeze(2)).squeeze(2)
+        is_open_RN = beams.is_open_RG
+        beams.length_R = beams.length_R + beams.is_open
+        length_R1 = beams.length_R.unsqueeze(1)
+        at_end_RNL = (length_R1 - 1).unsqueeze(2).expand(-1, tokens_RN.shape[1], -1)
+        tokens_RN = torch.where(is_open_RN, tokens_RN, beams.tokens_RNL.gather(2, at_end_RNL).squeeze(2))
         beams.tokens_RNL.scatter_(2, at_end_RNL, tokens_RN.unsqueeze(2))
-        beams.log_p_RN = beams.log_p_RN + log_p_RN.masked_fill(~is_open_R1, 0.0)
-        beams.best_RNL, beams.best_length_RN = beams.tokens_RNL, beams.length_R.unsqueeze(1)
+        beams.log_p_RN = beams.log_p_RN + log_p_RN.masked_fill(~is_open_RN, 0.0)
         is_end_RN = self.is_end(tokens_RN)
-        beams.best_score_RN = self.score(beams.log_p_RN, beams.length_R.unsqueeze(1), is_end_RN)
-        beams.is_open_R = beams.is_open_R & ~is_end_RN.squeeze(1) & (beams.length_R < beams.limit_R)
-        return torch.zeros_like(tokens_RN)
+        score_RN = self.score(beams.log_p_RN, length_R1, is_end_RN)
+        beams.best_RNL = beams.tokens_RNL
+        beams.best_length_RN = torch.where(is_open_RN, length_R1, beams.best_length_RN)
+        beams.best_score_RN = torch.where(is_open_RN, score_RN, beams.best_score_RN)
+        is_over_RN = self.is_over(beams.tokens_RNL, beams.length_R, is_end_RN)
+        beams.is_open_RG = is_open_RN & ~is_over_RN & (length_R1 < beams.limit_R.unsqueeze(1))
+        return torch.arange(self.num_chains, device=tokens_RN.device).expand_as(tokens_RN)
 
 
 def best_continuations(log_p_RNV: Tensor, log_p_RN: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,6 +213,13 @@ def best_continuations(log_p_RNV: Tensor, log_p_RN: Tensor, num: int) -> tuple[T
     values = values.masked_fill((tokens >= vocabulary).flatten(1), -torch.inf)
     log_p_RK, place_RK = values.topk(num)
     return log_p_RK, parents_RK.gather(1, place_RK // BLOCK), tokens.flatten(1).gather(1, place_RK)
+
+
+def extended(beams: Beams, parents_RK: Tensor, tokens_RK: Tensor) -> Tensor:
+    """The candidates [R, K, L]: running outputs with one more token."""
+    candidates_RKL = _take(beams.tokens_RNL, parents_RK)
+    at_end_R = beams.length_R.clamp(max=candidates_RKL.shape[2] - 1)
+    return candidates_RKL.scatter(2, at_end_R[:, None, None].expand(*tokens_RK.shape, 1), tokens_RK.unsqueeze(2))
 
 
 def _take(sequences: Tensor, index: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from harness.evaluation.classification import NUM_BINS
-from harness.evaluation.page import NUM_LISTED, NUM_WORST, cards, html_page, search_box, table
+from harness.evaluation.html import NUM_LISTED, NUM_WORST, bar, html_page, search_box, table
+from harness.evaluation.page import cards
 
 if TYPE_CHECKING:
     from harness.evaluation.class_report import Predictions
@@ -87,7 +88,7 @@ def _confidence(predictions: Predictions) -> str:
             f"{bins.size[m]:,}",
             f"{bins.confidence[m]:.3f}",
             f"{bins.accuracy[m]:.3f}",
-            f"<span class='bar' style='width:{100 * bins.accuracy[m]:.1f}%'></span>",
+            bar(bins.accuracy[m]),
         ]
         for m in range(NUM_BINS)
         if bins.size[m]
@@ -135,11 +136,11 @@ def _rows(name: str, predictions: Predictions, chosen: Sequence[int]) -> str:
         second = predictions.second[row]
         other = "" if second is None else f"<dt>Second</dt><dd dir='auto'>{escape(second)}</dd>"
         items.append(
-            f"<li><p>{escape(predictions.where[row])}{sure}</p><dl><dt>Text</dt><dd dir='auto'>"
+            f"<li><p class='about'>{escape(predictions.where[row])}{sure}</p><dl><dt>Text</dt><dd dir='auto'>"
             f"{escape(predictions.texts[row])}</dd>{other}<dt>Label</dt><dd>{escape(gold)}</dd>"
             f"<dt>Predicted</dt><dd><{tag}>{escape(predicted)}</{tag}></dd></dl></li>"
         )
-    return f"<ol class='sentences' id='{name}' aria-labelledby='{name}-heading'>{''.join(items)}</ol>"
+    return f"<ol role='list' class='sentences' id='{name}' aria-labelledby='{name}-heading'>{''.join(items)}</ol>"
 
 
 def _shown(answer: Any) -> str:

@@ -19,6 +19,7 @@ from harness.evaluation.classification import class_scores
 from harness.evaluation.confusion import MAX_LABELS, confusion_image
 from harness.evaluation.forward import forward_rows
 from harness.evaluation.result import Evaluation
+from harness.evaluation.significance import WrittenEvaluation
 from harness.tasks.classification import ClassificationTask
 
 
@@ -43,7 +44,7 @@ class Classified(Evaluation):
             return {}
         return {"confusion": confusion_image(shown.confusion, shown.labels)}
 
-    def write(self, directory: Path) -> None:
+    def write(self, directory: Path, baseline: WrittenEvaluation | None = None) -> None:
         write_predictions(directory, self.predictions, self.scores, seconds=self.seconds, losses=self.losses)
 
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from harness.config.schema import RunConfig
 from harness.data.encoded import EncodedRows
 from harness.decoding.beam import BeamSettings
 from harness.engine.processes import Processes
+from harness.evaluation.buckets import LanguagePair
 from harness.evaluation.outputs import Output, decode_rows
+from harness.evaluation.partial import Partial
 from harness.evaluation.report import write_evaluation
 from harness.evaluation.result import Evaluation
 from harness.evaluation.scores import Scores, corpus_scores
+from harness.evaluation.sentences import Sentences
 from harness.evaluation.settings import beam_settings
+from harness.evaluation.significance import WrittenEvaluation
+from harness.models.precision import in_precision
 from harness.tasks.task import DecodingTask
 
 
@@ -26,9 +32,12 @@ class Decoded(Evaluation):
 
     sources: list[str]
     references: list[str]
+    language_pairs: list[LanguagePair]
     outputs: list[list[Output]]
     scores: Scores
     settings: BeamSettings
+    precision: str = "model"
+    prompt: Mapping[str, Any] | None = None
 
     @property
     def hypotheses(self) -> list[str]:
@@ -45,10 +54,12 @@ class Decoded(Evaluation):
     def samples(self) -> Iterator[tuple[str, str, str]]:
         return zip(self.sources, self.references, self.hypotheses, strict=True)
 
-    def write(self, directory: Path) -> None:
+    def write(self, directory: Path, baseline: WrittenEvaluation | None = None) -> None:
+        sentences = Sentences.of(self.sources, self.references, self.outputs, self.language_pairs)
         write_evaluation(
-            directory, sources=self.sources, references=self.references, hypotheses=self.hypotheses,
-            scores=self.scores, settings=self.settings, decode_seconds=self.seconds, losses=self.losses,
+            directory, sentences, self.scores, self.settings,
+            decode_seconds=self.seconds, losses=self.losses, precision=self.precision, baseline=baseline,
+            prompt=self.prompt,
         )  # fmt: skip
 
 
@@ -69,15 +80,33 @@ def decode_and_score(
     options = config.evaluation
     assert options is not None
     started = time.monotonic()
-    settings = beam_settings(options, config.data.max_target_length)
+    settings = beam_settings(config, task)
+    prompt = _prompt(config)
+    phrases = crc32(repr(rows.texts("constraints")[:num_rows]).encode())
+    key = f"{settings} {prompt} {options.precision} {rows.digest} {num_rows} {phrases} {losses['nll']:.6g}"
     outputs = decode_rows(
-        model, rows, task, processes,
+        in_precision(model, options.precision, is_whole=not synced), rows, task, processes,
         settings=settings, max_tokens=options.max_tokens_per_device or config.batch.max_tokens_per_device,
-        num_rows=num_rows, synced=synced, stop_wanted=stop_wanted, partial=partial,
+        num_rows=num_rows, synced=synced, stop_wanted=stop_wanted,
+        partial=None if partial is None else Partial(partial, key, processes),
     )  # fmt: skip
     seconds = time.monotonic() - started
     sources, references = rows.texts("source")[:num_rows], rows.texts("target")[:num_rows]
-    languages = set(rows.texts("target_language")[:num_rows])
-    language = languages.pop() if len(languages) == 1 else None
-    scores = corpus_scores([best[0].text for best in outputs], references, options.metrics, target_language=language)
-    return Decoded(losses, len(outputs), seconds, sources, references, outputs, scores, settings)
+    pairs = list(zip(rows.texts("source_language"), rows.texts("target_language"), strict=True))[:num_rows]
+    languages = {target for _, target in pairs}
+    scores = corpus_scores(
+        [best[0].text for best in outputs], references, options.metrics,
+        target_language=languages.pop() if len(languages) == 1 else None,
+        bootstrap_samples=options.bootstrap_samples,
+    )  # fmt: skip
+    return Decoded(
+        losses, len(outputs), seconds, sources, references, pairs, outputs, scores, settings, options.precision, prompt
+    )
+
+
+def _prompt(config: RunConfig) -> dict[str, Any] | None:
+    """How a language model was asked, and what ended its answers."""
+    if config.task != "causal_lm" or config.evaluation is None:
+        return None
+    asked = config.data.model_dump(mode="json", include={"prompt_template", "few_shot", "system_prompt"})
+    return {**asked, "stop_strings": config.evaluation.stop_strings}

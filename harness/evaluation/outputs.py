@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from harness.data.encoded import EncodedRows
 from harness.decoding.beam import BeamSettings, decode
+from harness.decoding.decode import Hypothesis
 from harness.engine.processes import Processes
+from harness.evaluation.minimum_risk import rank_by_risk
+from harness.evaluation.partial import Partial
 from harness.evaluation.result import EvaluationInterrupted
+from harness.io.faults import fault_point
 from harness.tasks.task import DecodingTask
+
+PARTING = " ||| "  # between the phrases that an output must have
 
 
 class Output(NamedTuple):
-    """One output of a row, with its score (`Preset.formula`)."""
+    """One output of a row, with its score (`BeamSettings.formula`); `is_at_limit` as that of a `Hypothesis`."""
 
     text: str
     score: float
+    is_at_limit: bool = False
+
+
+def outputs_of(
+    found: Sequence[Hypothesis], task: DecodingTask, settings: BeamSettings, language: str | None
+) -> list[Output]:
+    """What is kept of the outputs of a row in the target `language`, best first."""
+    outputs = [Output(task.to_text(one.token_ids), one.score, one.is_at_limit) for one in found]
+    if settings.minimum_risk:
+        ranked = rank_by_risk([one.text for one in outputs], settings.minimum_risk.utility, language)
+        outputs = [Output(*one) for one in ranked[: settings.num_hypotheses]]
+    return outputs
+
+
+def phrases_of(constraints: Sequence[str | None], task: DecodingTask) -> dict[int, list[list[int]]]:
+    """Token ids of the phrases that outputs must have, by place; rows without any are left out."""
+    texts = [[part.strip() for part in (text or "").split(PARTING.strip()) if part.strip()] for text in constraints]
+    return {place: task.pieces(phrases) for place, phrases in enumerate(texts) if phrases}
 
 
 def decode_rows(
@@ -31,22 +54,41 @@ def decode_rows(
     num_rows: int | None = None,
     synced: bool = False,
     stop_wanted: Callable[[], bool] = lambda: False,
-    partial: Path | None = None,
+    partial: Partial | None = None,
 ) -> list[list[Output]]:
     """The `settings.num_hypotheses` best outputs of each of the first `num_rows` rows, best first, on every rank.
 
-    Rows are dealt to the ranks by length. Raises EvaluationInterrupted on all ranks when one of them wants to stop.
+    Rows are dealt to the ranks by length; those in `partial` are not decoded again. Raises EvaluationInterrupted on all
+    ranks when one of them wants to stop.
     """
     sizes = rows.source_sizes[:num_rows].tolist()
-    longest_first = sorted(range(len(sizes)), key=lambda row: (-sizes[row], row))
-    found = decode(
+    outputs = partial.read() if partial is not None else {}
+    left = sorted(set(range(len(sizes))) - outputs.keys(), key=lambda row: (-sizes[row], row))
+    languages = rows.texts("target_language")
+    found: dict[int, list[Hypothesis]] = {}
+
+    def texts() -> dict[int, list[Output]]:
+        return {row: outputs_of(best, task, settings, languages[row]) for row, best in found.items()}
+
+    def stops() -> bool:
+        fault_point("decode")
+        if partial is not None and partial.is_due:
+            partial.write(texts())
+        return stop_wanted()
+
+    is_done = decode(
         model, sizes, lambda ids: task.collate_sources(rows.take(ids), processes.device),
-        settings=settings, max_tokens=max_tokens, rows=longest_first[processes.rank :: processes.world_size],
-        synced=synced, agree=processes.sum, stop_wanted=stop_wanted,
+        settings=settings, max_tokens=max_tokens, rows=left[processes.rank :: processes.world_size],
+        synced=synced, agree=processes.sum, stop_wanted=stops, found=found,
+        phrases=phrases_of(rows.texts("constraints")[:num_rows], task),
     )  # fmt: skip
-    if found is None:
+    if is_done is None:
+        if partial is not None:
+            partial.write(texts())
         raise EvaluationInterrupted
-    mine = [(row, [(task.to_text(one.token_ids), one.score) for one in best]) for row, best in found.items()]
-    everyone = sorted((row, best) for part in processes.gather(mine) for row, best in part)
-    assert [row for row, _ in everyone] == list(range(len(sizes))), "every row is decoded exactly once"
-    return [[Output(*one) for one in best] for _, best in everyone]
+    decoded = [item for part in processes.gather(list(texts().items())) for item in part]
+    assert sorted(row for row, _ in decoded) == sorted(left), "every row is decoded exactly once"
+    outputs |= dict(decoded)
+    if partial is not None:
+        partial.remove()
+    return [[Output(*one) for one in outputs[row]] for row in range(len(sizes))]

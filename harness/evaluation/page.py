@@ -1,260 +1,251 @@
-"""report.html: one self-contained page, no network, no library. All text of rows and outputs is escaped."""
+"""report.html of decoded rows. All text of rows and outputs is escaped; every number is one of scores.json."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from difflib import SequenceMatcher
+import json
+from collections.abc import Iterator, Mapping
 from html import escape
+from statistics import mean, median
 from typing import Any
 
-from harness.evaluation.scores import HIGHER_IS_BETTER, LABELS, corpus_scores, sentence_chrf
+from harness.evaluation.changes import Changes
+from harness.evaluation.checks import Finding
+from harness.evaluation.html import NUM_LISTED, NUM_WORST, bar, card, contents, heading, html_page, search_box, table
+from harness.evaluation.scores import HIGHER_IS_BETTER, LABELS
+from harness.evaluation.sentence_list import LEGEND, SentenceList
+from harness.evaluation.sentences import Sentences
 
-NUM_WORST = 50
-NUM_LISTED = 2000
-_NUM_LENGTH_GROUPS = 4
-_MIN_GROUP_SENTENCES = 10
-# A word, a sign, or one character of a script written without spaces; with the white space before it.
-_TOKEN = re.compile(
-    r"\s*(?:[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+|\S)"
-)
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1d2530; --soft: #56616f; --paper: #fff; --panel: #f4f6f9; --line: #d9dfe7;
-  --accent: #1f5fbf; --mark: #ffe2a8; --miss: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #a3afbd; --paper: #14181e; --panel: #1d232c;
-  --line: #343d49; --accent: #8ab4f8; --mark: #5f4708; --miss: #ff9d94; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 5rem; max-width: 62rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.55 system-ui, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .25rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 2.75rem 0 .75rem; }
-p { margin: .25rem 0 .75rem; } .soft, caption, dt, th { color: var(--soft); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .75rem; padding: 0;
-  margin: 1.5rem 0 1rem; list-style: none; }
-.cards li { background: var(--panel); border-radius: .6rem; padding: .8rem 1rem; }
-.cards b { display: block; font-size: 1.9rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
-.cards small { color: var(--soft); }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-size: .9rem; padding-bottom: .4rem; }
-th, td { padding: .4rem .75rem .4rem 0; border-bottom: 1px solid var(--line); text-align: right; font-weight: 400; }
-thead th { font-size: .85rem; }
-th:first-child, .wide td { text-align: left; vertical-align: baseline; }
-.bars td:last-child { width: 55%; padding-right: 0; }
-.bar { display: block; height: .8rem; border-radius: .2rem; background: var(--accent); }
-code { font: .85rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
-.sentences { list-style: none; margin: 0; padding: 0; }
-.sentences > li { border-top: 1px solid var(--line); padding: .75rem 0; content-visibility: auto;
-  contain-intrinsic-size: auto 7rem; }
-.sentences p { margin: 0 0 .3rem; font-size: .85rem; color: var(--soft); font-variant-numeric: tabular-nums; }
-dl { display: grid; grid-template-columns: 5.5rem 1fr; gap: .15rem .75rem; margin: 0; } dt { font-size: .9rem; }
-dd { margin: 0; overflow-wrap: anywhere; min-width: 0; }
-mark { background: var(--mark); color: inherit; border-radius: .2rem; }
-u { text-decoration: underline dotted var(--miss) 2px; text-underline-offset: .2em; }
-.search { display: flex; flex-wrap: wrap; gap: .75rem; align-items: baseline; padding: .6rem 0; position: sticky;
-  top: 0; z-index: 1; background: var(--paper); }
-.search[hidden] { display: none; }
-input { font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--soft); border-radius: .4rem;
-  padding: .4rem .6rem; width: 22rem; max-width: 100%; } :focus-visible { outline: 3px solid var(--accent); }
-@media (max-width: 34rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .3rem; } }
-"""
-
-_SCRIPT = """
-const box = document.getElementById("search"), shown = document.getElementById("shown");
-const items = [...document.querySelectorAll("#all > li")].map(item => [item, item.textContent.toLowerCase()]);
-document.querySelector(".search").hidden = false;
-box.addEventListener("input", () => {
-  const wanted = box.value.toLowerCase().trim();
-  let found = 0;
-  for (const [item, text] of items) { item.hidden = !text.includes(wanted); found += !item.hidden; }
-  shown.textContent = wanted ? `${found} of ${items.length}` : "";
-});
-"""
+NUM_BINS = 10
+NUM_OF_FINDING = 20
+NUM_CHANGED = 25
+_UNSET: tuple[Any, ...] = (None, 0, 1, [], ())  # of settings that then do nothing
 
 
 def render_page(
-    title: str, summary: dict[str, Any], *, sources: Sequence[str], references: Sequence[str], hypotheses: Sequence[str]
+    title: str, summary: Mapping[str, Any], sentences: Sentences, findings: list[Finding], changes: Changes | None
 ) -> str:
-    """The whole page. `summary` is scores.json; the texts are one line each, row i at index i."""
-    chrf = sentence_chrf(hypotheses, references)
-    rows = list(zip(sources, references, hypotheses, chrf, strict=True))
-    worst = sorted(range(len(rows)), key=lambda row: (chrf[row], row))[:NUM_WORST]
+    """The whole page. `summary` is scores.json."""
+    show = SentenceList(sentences, findings, changes)
+    worst = sorted(range(len(sentences.chrf)), key=lambda row: (sentences.chrf[row], row))[:NUM_WORST]
+    titles = {
+        "findings": "Findings",
+        "length": "By length",
+        **({"language": "By language pair"} if summary["by_language"] else {}),
+        "spread": "Sentence scores",
+        **({"changes": "Most changed"} if changes else {}),
+        "worst": f"The {len(worst)} worst sentences",
+        "all": "All sentences",
+    }
     parts = [
         _head(title, summary),
-        _lengths(sources, references, hypotheses, [name for name in ("bleu", "chrf") if name in summary]),
-        _distribution(chrf),
-        _oddities(sources, references, hypotheses),
-        f"<h2 id='worst-heading'>The {len(worst)} worst sentences</h2>",
-        "<p class='soft'>Lowest chrF2 first. <mark>Marked</mark>: in the output but not there in the reference; "
-        "<u>underlined</u>: missing from the output.</p>",
-        _sentences("worst", rows, worst),
-        *_all_sentences(rows),
+        contents(titles),
+        heading("findings", titles["findings"]),
+        *_findings(findings, show),
+        heading("length", "By length of the source"),
+        _groups(summary["by_length"]),
     ]
+    if summary["by_language"]:
+        parts += [heading("language", titles["language"]), _pairs(summary["by_language"])]
+    parts += [heading("spread", titles["spread"]), _spread(sentences, changes)]
+    if changes is not None:
+        parts += [heading("changes", titles["changes"]), *_changes(summary["baseline"], changes, show)]
+    parts += [heading("worst", titles["worst"]), f"<p class='soft'>Lowest chrF2 first. {LEGEND}</p>"]
+    parts += [show.items("worst", worst), *_all_sentences(sentences, show, findings, changes)]
     return html_page(title, parts)
 
 
-def html_page(title: str, parts: Iterable[str]) -> str:
-    """A self-contained page of HTML parts, with the style and the search script of an evaluation."""
-    return (
-        "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
-        "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; style-src 'unsafe-inline'; "
-        "script-src 'unsafe-inline'\">\n"
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(parts)
-        + f"\n</main>\n<script>{_SCRIPT}</script>\n</body>\n</html>\n"
-    )
-
-
-def _head(title: str, summary: dict[str, Any]) -> str:
-    num, seconds, beam = summary["sentences"], summary["decode_seconds"], summary["beam"]
-    speed = f" ({num / seconds:,.1f} a second)" if seconds > 0 else ""
-    search = f"beam search with {beam['beam_size']} beams" if beam["beam_size"] > 1 else "greedy search"
+def _head(title: str, summary: Mapping[str, Any]) -> str:
+    num, seconds = summary["sentences"], summary["decode_seconds"]
+    speed = f", {num / seconds:,.1f} sentences a second" if seconds > 0 else ""
+    against = f" Changes are those against {escape(summary['baseline']['name'])}." if "baseline" in summary else ""
     signatures = {
         LABELS[name]: [f"<code>{escape(signature)}</code><div class='soft'>{escape(details)}</div>"]
         for name, signature in summary["signatures"].items()
         for details in [summary["details"].get(name, "")]
     }
     return (
-        f"<h1>{escape(title)}</h1><p class='soft'>{num:,} sentences. {search.capitalize()}, length penalty "
-        f"{beam['length_penalty']:g}, at most {beam['max_length']} tokens an output. "
-        f"Decoded in {seconds:,.1f} s{speed}.</p>"
-        + cards(summary)
+        f"<header><h1>{escape(title)}</h1>"
+        f"<p class='soft'>{num:,} sentences, decoded in {seconds:,.1f} s{speed}. {escape(search_in_words(summary))}</p>"
+        f"<p class='soft'>Score of an output: {escape(summary['hypothesis_score'])}.{against}</p>"
+        f"{cards(summary)}"
         + table(signatures, caption="sacreBLEU's signatures, to be quoted with the scores", kind="wide")
+        + _prompt(summary.get("prompt", {}))
+        + "</header>"
     )
+
+
+def _prompt(prompt: Mapping[str, Any]) -> str:
+    """How a language model was asked, folded up."""
+    lines = "".join(
+        f"<dt>{escape(name.replace('_', ' '))}</dt><dd><code>{escape(text)}</code></dd>"
+        for name, value in prompt.items()
+        for text in [json.dumps(value, ensure_ascii=False)]
+    )
+    return f"<details class='outputs'><summary>Prompt</summary><dl>{lines}</dl></details>" if lines else ""
+
+
+def search_in_words(summary: Mapping[str, Any]) -> str:
+    """The settings of `summary["beam"]`: what is always told, then whatever else is set."""
+    told = dict(summary["beam"])
+    num_beams = told.pop("beam_size")
+    kind = f"beam search with {num_beams} beams" if num_beams > 1 else "greedy search"
+    kind = "minimum risk" if told.get("minimum_risk") else "sampling" if told.get("sampling") else kind
+    words = [f"preset {told.pop('preset')}", f"length penalty {told.pop('length_penalty'):g}"]
+    words.append(f"at most {told.pop('max_length')} tokens")
+    words += [
+        f"{name.replace('_', ' ')} {value}" for name, value in _flat(told) if value is True or value not in _UNSET
+    ]
+    if summary.get("precision", "model") != "model":
+        words.append(f"weights in {summary['precision']}")
+    return f"{kind.capitalize()}: {', '.join(words)}."
+
+
+def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value)
+        else:
+            yield name, value
 
 
 def cards(summary: Mapping[str, Any]) -> str:
-    """Every score of a scores.json, large."""
-    items = "".join(
-        f"<li><small>{escape(LABELS[name])}</small><b>{_number(summary[name], name in summary['signatures'])}</b>"
-        f"<small>{'higher' if HIGHER_IS_BETTER[name] else 'lower'} is better</small></li>"
-        for name in LABELS
-        if name in summary
-    )
-    return f"<ul class='cards'>{items}</ul>"
+    """Every score of a scores.json, large, with its 95 % interval and what became of the baseline's."""
+    confidence, earlier = summary.get("confidence", {}), summary.get("baseline", {}).get("scores", {})
+    items = []
+    for name in LABELS:
+        if name in summary:
+            limits = "95 %: {:.1f} to {:.1f}".format(*confidence[name]) if name in confidence else ""
+            change = _change(name, earlier[name]["delta"]) if name in earlier else ""
+            against = f"{change}, p {earlier[name]['p']:.3f}" if change else ""
+            better = f"{'higher' if HIGHER_IS_BETTER[name] else 'lower'} is better"
+            number = _number(summary[name], name in summary["signatures"])
+            items.append(card(LABELS[name], number, limits, against, better))
+    return f"<ul class='cards'>{''.join(items)}</ul>"
 
 
 def _number(value: float | None, is_score: bool) -> str:
     return "not finite" if value is None else f"{value:.{1 if is_score else 3}f}"
 
 
-def _lengths(sources: Sequence[str], references: Sequence[str], hypotheses: Sequence[str], metrics: list[str]) -> str:
-    lines = {}
-    for rows in length_groups([len(source) for source in sources]):
-        part_hypotheses, part_references = [hypotheses[row] for row in rows], [references[row] for row in rows]
-        scores = corpus_scores(part_hypotheses, part_references, metrics)
-        ratio = sum(map(len, part_hypotheses)) / max(1, sum(map(len, part_references)))
-        values = [f"{scores.values[name]:.1f}" for name in metrics]
-        name = f"{len(sources[rows[0]])} to {len(sources[rows[-1]])}"
-        lines[name] = [f"{len(rows):,}", *values, f"{ratio:.2f}"]
-    heads = ["Source characters", "Sentences", *(LABELS[name] for name in metrics), "Length ratio"]
-    caption = "Length ratio: characters of the outputs for each character of the references"
-    return "<h2>By length of the source</h2>" + table(lines, heads, caption)
+def _change(name: str, delta: float) -> str:
+    """A difference of scores, green if it is for the better."""
+    if round(delta, 1) == 0:
+        return "\u00b10.0"
+    kind = "good" if (delta > 0) == HIGHER_IS_BETTER[name] else "bad"
+    return f"<span class='{kind}'>{delta:+.1f}</span>".replace("-", "\u2212")
 
 
-def length_groups(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Row ids in up to four groups of about equal size, short to long; rows of one length stay together."""
-    order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
-    num_groups = max(1, min(_NUM_LENGTH_GROUPS, len(order) // _MIN_GROUP_SENTENCES))
-    limits = sorted({lengths[order[len(order) * (group + 1) // num_groups - 1]] for group in range(num_groups)})
-    for low, high in zip([-1, *limits], limits, strict=False):
-        yield [row for row in order if low < lengths[row] <= high]
+def _findings(findings: list[Finding], show: SentenceList) -> Iterator[str]:
+    num_rows = len(show.sentences.hypotheses)
+    suspects = len({row for finding in findings for row in finding.rows})
+    yield (
+        f"<p class='soft'>{suspects:,} of {num_rows:,} outputs ({_share(suspects, num_rows)}) look odd in one way or "
+        "more. These are hints from the texts alone: read before you believe.</p><div class='ledger'>"
+    )
+    for name, title, rows, method in findings:
+        listed, rest = rows[:NUM_OF_FINDING], rows[NUM_OF_FINDING:]
+        more = f"<p>And {len(rest):,} more, on lines {show.links(rest)}.</p>" if rest else ""
+        body = show.items(f"finding-{name}", listed, title) + more if rows else ""
+        yield (
+            f"<details><summary class='{'' if rows else 'none'}'><span>{escape(title)}</span>"
+            f"<span id='count-{name}'>{len(rows):,}</span><span>{_share(len(rows), num_rows)}</span></summary>"
+            f"<p class='soft'>{escape(method)}</p>{body}</details>"
+        )
+    yield "</div>"
 
 
-def _distribution(chrf: Sequence[float]) -> str:
-    counts = [0] * 10
-    for score in chrf:
-        counts[min(9, int(score // 10))] += 1
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %"
+
+
+def _groups(groups: list[dict[str, Any]]) -> str:
     lines = {
-        f"{10 * index} to {10 * index + 10}": [
-            f"{count:,}",
-            f"<span class='bar' style='width:{100 * count / max(counts):.1f}%'></span>",
+        f"{group['from']:,} to {group['to']:,}": [*_scores_of(group), f"{group['length_ratio']:.2f}"]
+        for group in groups
+    }
+    heads = ["Source characters", "Sentences", *_labels_of(groups[0]), "Length ratio"]
+    caption = "Length ratio: characters of the outputs for each character of the references"
+    return table(lines, heads, caption, kind="parts")
+
+
+def _pairs(groups: dict[str, dict[str, Any]]) -> str:
+    heads = ["Languages", "Sentences", *_labels_of(next(iter(groups.values())))]
+    return table({pair: _scores_of(group) for pair, group in groups.items()}, heads, kind="parts")
+
+
+def _labels_of(group: Mapping[str, Any]) -> list[str]:
+    return [LABELS[name] for name in LABELS if name in group]
+
+
+def _scores_of(group: Mapping[str, Any]) -> list[str]:
+    """The cells of a part of the set; a bar under each score compares the parts."""
+    scores = [group[name] for name in LABELS if name in group]
+    return [f"{group['sentences']:,}", *(f"{score:.1f}{bar(min(score, 100) / 100)}" for score in scores)]
+
+
+def _spread(sentences: Sentences, changes: Changes | None) -> str:
+    counts = [_histogram(sentences.chrf)]
+    if changes is not None:
+        counts.append(_histogram([now - gain for now, gain in zip(sentences.chrf, changes.gains, strict=True)]))
+    largest = max(map(max, counts))
+    step = 100 // NUM_BINS
+    lines = {
+        f"{step * at} to {step * (at + 1)}": [
+            *(f"{count[at]:,}" for count in counts),
+            "".join(bar(count[at] / largest, kind) for count, kind in zip(counts, ("", "before"), strict=False)),
         ]
-        for index, count in enumerate(counts)
+        for at in range(NUM_BINS)
     }
-    heads = ["chrF2", "Sentences", ""]
-    return "<h2>Sentence scores</h2>" + table(lines, heads, "Sentences by their own chrF2", kind="bars")
+    exact = sum(out == ref for out, ref in zip(sentences.hypotheses, sentences.references, strict=True))
+    caption = (
+        f"Sentences by their own chrF2: mean {mean(sentences.chrf):.1f}, median {median(sentences.chrf):.1f}. "
+        f"Outputs that are equal to their reference: {exact:,}."
+    )
+    heads = ["chrF2", "Sentences", *(["Baseline"] if changes else []), ""]
+    return table(lines, heads, caption, kind="bars")
 
 
-def _oddities(sources: Sequence[str], references: Sequence[str], hypotheses: Sequence[str]) -> str:
-    pairs = list(zip(sources, references, hypotheses, strict=True))
-    counts = {
-        "Equal to the reference": sum(hypothesis == reference for _, reference, hypothesis in pairs),
-        "Empty": sum(not hypothesis.strip() for _, _, hypothesis in pairs),
-        "Copy of the source, unlike the reference": sum(out == source != reference for source, reference, out in pairs),
-        "Repeat of the output of an earlier, different source": _num_repeats(sources, hypotheses),
+def _histogram(chrf: list[float]) -> list[int]:
+    counts = [0] * NUM_BINS
+    for score in chrf:
+        counts[min(NUM_BINS - 1, max(0, int(score * NUM_BINS // 100)))] += 1
+    return counts
+
+
+def _changes(summary: Mapping[str, Any], changes: Changes, show: SentenceList) -> Iterator[str]:
+    lines = {
+        LABELS[name]: [
+            f"{one['score']:.1f}",
+            _change(name, one["delta"]),
+            "{:+.1f} to {:+.1f}".format(*one["interval"]).replace("-", "\u2212"),
+            f"{one['p']:.3f}",
+        ]
+        for name, one in summary["scores"].items()
     }
-    lines = {name: [f"{count:,}", f"{100 * count / len(pairs):.1f} %"] for name, count in counts.items()}
-    return "<h2>Outputs to know about</h2>" + table(lines, ["Output", "Sentences", "Share"])
-
-
-def _num_repeats(sources: Sequence[str], hypotheses: Sequence[str]) -> int:
-    """Many mean that the model says the same whatever it reads."""
-    return len(set(zip(sources, hypotheses, strict=True))) - len(set(hypotheses))
-
-
-def table(lines: Mapping[str, Sequence[str]], heads: Sequence[str] = (), caption: str = "", kind: str = "") -> str:
-    """An HTML table; the keys head the lines, the cells are HTML already."""
-    body = "".join(
-        f"<tr><th scope='row'>{escape(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-        for name, cells in lines.items()
+    num_rows = len(show.sentences.hypotheses)
+    yield (
+        f"<p>Against <code>{escape(summary['name'])}</code>, {summary['changed']:,} of {num_rows:,} outputs are "
+        f"different: {summary['better']:,} better and {summary['worse']:,} worse by their chrF2.</p>"
     )
-    titles = "".join(f"<th scope='col'>{head}</th>" if head else "<td></td>" for head in heads)
-    return (
-        f"<table class='{kind}'>{f'<caption>{caption}</caption>' if caption else ''}"
-        f"{f'<thead><tr>{titles}</tr></thead>' if heads else ''}<tbody>{body}</tbody></table>"
-    )
+    yield table(lines, ["", "Baseline", "Change", "95 % interval", "p"], "Paired bootstrap test on the same rows")
+    legend = "<u>Underlined</u>: only in the baseline's output; <mark>marked</mark>: only in the new one."
+    yield f"<p class='soft'>{legend}</p>"
+    for name, title, rows in (("losses", "Largest losses", changes.worse), ("gains", "Largest gains", changes.better)):
+        if rows:
+            yield f"<h3 id='{name}-heading'>{title}</h3>{show.items(name, rows[:NUM_CHANGED], is_change=True)}"
 
 
-def _all_sentences(rows: Sequence[tuple[str, str, str, float]]) -> Iterator[str]:
-    listed = range(min(NUM_LISTED, len(rows)))
-    some = f" (the first {len(listed):,} of {len(rows):,})" if len(listed) < len(rows) else ""
-    yield f"<h2 id='all-heading'>All sentences{some}</h2>"
+def _all_sentences(
+    sentences: Sentences, show: SentenceList, findings: list[Finding], changes: Changes | None
+) -> Iterator[str]:
+    num_rows = len(sentences.hypotheses)
+    listed = range(min(NUM_LISTED, num_rows))
+    some = f" (the first {len(listed):,} of {num_rows:,})" if len(listed) < num_rows else ""
+    yield f"<section class='on-screen'>{heading('all', f'All sentences{some}')}<p class='soft'>{LEGEND}</p>"
     if some:
         yield "<p class='soft'>hypotheses.txt has every output, line by line beside sources.txt and references.txt.</p>"
-    yield search_box("words of source, reference or output")
-    yield _sentences("all", rows, listed)
-
-
-def search_box(hint: str) -> str:
-    """For the list whose id is `all`."""
-    return (
-        "<div class='search' role='search' hidden><label for='search'>Search</label>"
-        f"<input id='search' type='search' autocomplete='off' placeholder='{hint}'>"
-        "<span id='shown' class='soft' role='status'></span></div>"
-    )
-
-
-def _sentences(name: str, rows: Sequence[tuple[str, str, str, float]], chosen: Sequence[int]) -> str:
-    items = []
-    for row in chosen:
-        source, reference, hypothesis, chrf = rows[row]
-        marked_reference, marked_hypothesis = mark_differences(reference, hypothesis)
-        items.append(
-            f"<li><p>Line {row + 1:,} · chrF2 {chrf:.1f}</p><dl><dt>Source</dt><dd dir='auto'>{escape(source)}</dd>"
-            f"<dt>Reference</dt><dd dir='auto'>{marked_reference}</dd>"
-            f"<dt>Output</dt><dd dir='auto'>{marked_hypothesis or '<em>(empty)</em>'}</dd></dl></li>"
-        )
-    return f"<ol class='sentences' id='{name}' aria-labelledby='{name}-heading'>{''.join(items)}</ol>"
-
-
-def mark_differences(reference: str, hypothesis: str) -> tuple[str, str]:
-    """Both texts as HTML: words only the reference has are underlined, words only the hypothesis has are marked."""
-    left, right = _TOKEN.findall(reference), _TOKEN.findall(hypothesis)
-    matcher = SequenceMatcher(
-        None, [token.strip() for token in left], [token.strip() for token in right], autojunk=False
-    )
-    left_parts, right_parts = [], []
-    for kind, left_start, left_stop, right_start, right_stop in matcher.get_opcodes():
-        left_parts.append(_wrap("".join(left[left_start:left_stop]), "u" if kind != "equal" else ""))
-        right_parts.append(_wrap("".join(right[right_start:right_stop]), "mark" if kind != "equal" else ""))
-    return "".join(left_parts).strip(), "".join(right_parts).strip()
-
-
-def _wrap(text: str, tag: str) -> str:
-    """The escaped text, without its leading white space inside the tag."""
-    body = text.lstrip()
-    if not (tag and body):
-        return escape(text)
-    return f"{text[: len(text) - len(body)]}<{tag}>{escape(body)}</{tag}>"
+    filters = {"suspect": "Any finding"} | {finding.name: finding.title for finding in findings if finding.rows}
+    if changes is not None:
+        filters |= {"changed": "Changed", "worse": "Worse than the baseline", "better": "Better than the baseline"}
+    yield search_box("words of source, reference or output", filters)
+    yield show.items("all", listed) + "</section>"

@@ -2,51 +2,71 @@
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.decoding.beam import BeamSettings
 from harness.errors import HarnessError
+from harness.evaluation.buckets import by_language, by_length
+from harness.evaluation.changes import Changes, earlier_evaluation
+from harness.evaluation.checks import find_suspects
 from harness.evaluation.page import render_page
-from harness.evaluation.scores import Scores, one_line
+from harness.evaluation.scores import Scores
+from harness.evaluation.sentences import Sentences
+from harness.evaluation.significance import WrittenEvaluation
 from harness.io.atomic import fsync_directory, write_json, write_text
 
-FILES = {"hypotheses.txt", "sources.txt", "references.txt", "scores.json", "report.html"}
+if TYPE_CHECKING:
+    from harness.evaluation.outputs import Output
+
+FILES = {"hypotheses.txt", "sources.txt", "references.txt", "scores.json", "report.html", "nbest.jsonl"}
 CLASS_FILES = {"predictions.jsonl", "confusion.tsv"}
 
 
 def write_evaluation(
     directory: Path,
-    *,
-    sources: Sequence[str],
-    references: Sequence[str],
-    hypotheses: Sequence[str],
+    sentences: Sentences,
     scores: Scores,
     settings: BeamSettings,
+    *,
     decode_seconds: float,
-    losses: Mapping[str, float] | None = None,
-    title: str | None = None,
+    losses: Mapping[str, float],
+    precision: str = "model",
+    baseline: WrittenEvaluation | None = None,
+    prompt: Mapping[str, Any] | None = None,
 ) -> None:
     """The files of decoded rows, committed by `write_directory`.
 
-    Line i of the three text files is row i; line breaks inside a text become spaces. `losses` (loss, nll) are per
-    target token; `title` is the heading of the page (default: the directory's name).
+    Line i of the text files is row i. `losses` (loss, nll) are per target token, `precision` is the weights' type,
+    `prompt` how a language model was asked. The page compares with `baseline`, an evaluation of the same rows; if none
+    is given with that of the last step before, should it lie beside `directory`.
     """
-    losses = losses or {}
-    lines = {
-        "sources": [one_line(text) for text in sources],
-        "references": [one_line(text) for text in references],
-        "hypotheses": [one_line(text) for text in hypotheses],
+    baseline = baseline or earlier_evaluation(directory, sentences.references)
+    changes = Changes.since(baseline, sentences, scores) if baseline else None
+    findings = find_suspects(sentences)
+    texts = {
+        "sources": sentences.sources, "references": sentences.references, "hypotheses": sentences.hypotheses,
+    }  # fmt: skip
+    summary = {
+        **_summary(scores, settings, decode_seconds, losses, num_sentences=len(sentences.hypotheses)),
+        "precision": precision,
+        **({"prompt": prompt} if prompt else {}),
+        "by_length": by_length(**texts, statistics=scores.statistics),
+        "by_language": by_language(sentences.pairs, sentences.references, sentences.hypotheses, list(scores.values)),
+        "findings": {finding.name: len(finding.rows) for finding in findings},
+        **({"baseline": changes.to_json()} if changes else {}),
     }
-    summary = _summary(scores, settings, decode_seconds, losses, num_sentences=len(hypotheses))
-    page = render_page(title or directory.name, summary, **lines)
-    files = {f"{name}.txt": "".join(text + "\n" for text in texts) for name, texts in lines.items()}
-    write_directory(directory, summary, {**files, "report.html": page})
+    files = {f"{name}.txt": "".join(text + "\n" for text in lines) for name, lines in texts.items()}
+    files["report.html"] = render_page(directory.name, summary, sentences, findings, changes)
+    if settings.num_hypotheses > 1:
+        files["nbest.jsonl"] = "".join(map(_nbest_line, range(len(sentences.outputs)), sentences.outputs))
+    write_directory(directory, summary, files)
 
 
 def write_directory(directory: Path, scores: Mapping[str, Any], files: Mapping[str, str]) -> None:
@@ -89,11 +109,18 @@ def _summary(
         **finite(losses),
         "signatures": scores.signatures,
         "details": scores.details,
+        "confidence": scores.confidence,
+        "target_language": scores.target_language,
         "sentences": num_sentences,
         "decode_seconds": round(decode_seconds, 3),
         "beam": asdict(settings),
-        "hypothesis_score": settings.convention.formula,
+        "hypothesis_score": settings.formula,
     }
+
+
+def _nbest_line(row: int, outputs: Sequence[Output]) -> str:
+    best = [{"text": one.text, "score": one.score} for one in outputs]
+    return json.dumps({"row": row, "outputs": best}, ensure_ascii=False) + "\n"
 
 
 def _refuse_other_files(directory: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.evaluation.report import write_losses
+from harness.evaluation.significance import WrittenEvaluation
 
 
 class EvaluationInterrupted(Exception):
@@ -42,6 +43,9 @@ class Evaluation:
         """Pictures [height, width, 3] by name."""
         return {}
 
-    def write(self, directory: Path) -> None:
-        """The files of docs/evaluation.md. Raises OSError, or HarnessError if `directory` holds something else."""
+    def write(self, directory: Path, baseline: WrittenEvaluation | None = None) -> None:
+        """The files of docs/evaluation.md. Raises OSError, or HarnessError if `directory` holds something else.
+
+        The page of decoded rows compares with `baseline`, by default with the last step before.
+        """
         write_losses(directory, self.losses, self.num_rows, self.seconds)

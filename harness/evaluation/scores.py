@@ -10,17 +10,20 @@ from typing import Any
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.metrics.base import Metric
 
+from harness.evaluation.bootstrap import SentenceStatistics, confidence_interval
+
 _CHINESE, _JAPANESE, _KOREAN = {"zh", "zho", "cmn", "yue", "lzh"}, {"ja", "jpn"}, {"ko", "kor"}
 
 METRICS: dict[str, Callable[[str | None], Metric]] = {
     "bleu": lambda language: BLEU(tokenize=bleu_tokenizer(language)),
     "chrf": lambda language: CHRF(),
+    "chrf++": lambda language: CHRF(word_order=2),
     "ter": lambda language: TER(normalized=_is_asian(language), asian_support=_is_asian(language)),
 }
 LABELS = {
-    "bleu": "BLEU", "chrf": "chrF2", "ter": "TER", "accuracy": "accuracy", "macro_f1": "macro F1",
-    "micro_f1": "micro F1", "mcc": "MCC", "ece": "ECE", "rmse": "RMSE", "pearson": "Pearson", "spearman": "Spearman",
-    "loss": "loss", "nll": "nll",
+    "bleu": "BLEU", "chrf": "chrF2", "chrf++": "chrF2++", "ter": "TER", "accuracy": "accuracy",
+    "macro_f1": "macro F1", "micro_f1": "micro F1", "mcc": "MCC", "ece": "ECE", "rmse": "RMSE", "pearson": "Pearson",
+    "spearman": "Spearman", "loss": "loss", "nll": "nll",
 }  # fmt: skip
 HIGHER_IS_BETTER = {name: name not in ("ter", "ece", "rmse", "loss", "nll") for name in LABELS}
 
@@ -29,12 +32,16 @@ HIGHER_IS_BETTER = {name: name not in ("ter", "ece", "rmse", "loss", "nll") for 
 class Scores:
     """Corpus scores by name of the metric, and the sacreBLEU signature of each: what must be told with a number.
 
-    `details` is sacreBLEU's long form where there is one (BLEU: n-gram precisions, brevity penalty, lengths).
+    `details` is sacreBLEU's long form where there is one (BLEU: n-gram precisions, brevity penalty, lengths);
+    `confidence` the 95 % interval, if resamplings were asked for; `statistics` what each row adds to a score.
     """
 
     values: dict[str, float] = field(default_factory=dict)
     signatures: dict[str, str] = field(default_factory=dict)
     details: dict[str, str] = field(default_factory=dict)
+    confidence: dict[str, tuple[float, float]] = field(default_factory=dict)
+    statistics: dict[str, SentenceStatistics] = field(default_factory=dict, repr=False)
+    target_language: str | None = None
 
 
 def corpus_scores(
@@ -43,24 +50,35 @@ def corpus_scores(
     metrics: Sequence[str] = ("bleu", "chrf", "ter"),
     *,
     target_language: str | None = None,
+    bootstrap_samples: int = 0,
 ) -> Scores:
     """Score detokenised hypotheses against one raw reference each.
 
     `target_language` (any code: zh, zh_CN, zho_Hans) picks BLEU's tokeniser. Line breaks inside a text count as spaces,
     so that the scores are those of the written files. Raises ValueError when the lengths differ or there are no rows.
     """
-    if not hypotheses or len(hypotheses) != len(references):
-        raise ValueError(f"cannot score {len(hypotheses)} hypotheses against {len(references)} references")
-    hypotheses, references = [one_line(text) for text in hypotheses], [one_line(text) for text in references]
-    scores = Scores()
+    scores = Scores(target_language=target_language)
     for name in metrics:
-        metric = METRICS[name](target_language)
-        result: Any = metric.corpus_score(hypotheses, [references])
+        statistics = sentence_statistics(name, hypotheses, references, target_language=target_language)
+        result: Any = statistics.score()
         scores.values[name] = float(result.score)
-        scores.signatures[name] = str(metric.get_signature())
+        scores.signatures[name] = str(statistics.metric.get_signature())
+        scores.statistics[name] = statistics
         if name == "bleu":
             scores.details[name] = str(result)
+        if bootstrap_samples:
+            scores.confidence[name] = confidence_interval(statistics.resampled(bootstrap_samples))
     return scores
+
+
+def sentence_statistics(
+    metric: str, hypotheses: Sequence[str], references: Sequence[str], *, target_language: str | None
+) -> SentenceStatistics:
+    """What each row adds to a corpus score. Raises ValueError as `corpus_scores` does."""
+    if not hypotheses or len(hypotheses) != len(references):
+        raise ValueError(f"cannot score {len(hypotheses)} hypotheses against {len(references)} references")
+    lines = [one_line(text) for text in hypotheses], [one_line(text) for text in references]
+    return SentenceStatistics.of(METRICS[metric](target_language), *lines)
 
 
 def sentence_chrf(hypotheses: Sequence[str], references: Sequence[str]) -> list[float]:

@@ -10,8 +10,8 @@ import torch
 
 from harness.data.rows import Row
 from harness.decoding.beam import BeamSettings, decode
-from harness.evaluation.outputs import Output
-from harness.tasks.translation import TranslationTask
+from harness.evaluation.outputs import PARTING, Output, outputs_of, phrases_of
+from harness.tasks.task import DecodingTask
 
 
 class Translated(NamedTuple):
@@ -26,30 +26,41 @@ class Translator:
     """A model with everything that is the same for every line. `max_tokens` limits a batch: rows x beams x source."""
 
     model: Any
-    task: TranslationTask
+    task: DecodingTask
     settings: BeamSettings
     max_tokens: int
     device: torch.device
 
-    def __call__(self, lines: Sequence[str]) -> list[Translated]:
-        """The outputs of each line, in order; raises DataError if a language is missing or unknown."""
-        data = self.task.data
-        return self.of_rows([Row("", line, "", data.source_language, data.target_language) for line in lines])
+    def __call__(self, lines: Sequence[str], first: int = 0, *, with_phrases: bool = False) -> list[Translated]:
+        """The outputs of each line, in order; raises DataError if a language is missing or unknown.
 
-    def of_rows(self, rows: Sequence[Row]) -> list[Translated]:
+        Where outputs are drawn they follow from the number of a line, counted from `first`. With `with_phrases` a line
+        is a source and, after tabs, phrases that its outputs must have.
+        """
+        data = self.task.data
+        rows = []
+        for line in lines:
+            source, *phrases = line.split("\t") if with_phrases else [line]
+            languages = (data.source_language, data.target_language)
+            rows.append(Row("", source, "", *languages, constraints=PARTING.join(phrases)))
+        return self.of_rows(rows, first)
+
+    def of_rows(self, rows: Sequence[Row], first: int = 0) -> list[Translated]:
         """The outputs of each row in its own languages, in order."""
-        encoded = self.task.encode(rows)
+        encoded = self.task.encode_sources(rows)
         results = [Translated([], one.truncated) for one in encoded]
-        filled = [index for index, row in enumerate(rows) if row.source.strip()]
-        sizes = [len(encoded[index].input_ids) for index in filled]
 
         def collate(places: list[int]) -> dict[str, Any]:
-            chosen = [encoded[filled[place]] for place in places]
-            examples = [(one.input_ids, one.labels, one.marker) for one in chosen]
+            examples = [(encoded[place].input_ids, encoded[place].labels, encoded[place].marker) for place in places]
             return self.task.collate_sources(examples, self.device)
 
-        found = decode(self.model, sizes, collate, settings=self.settings, max_tokens=self.max_tokens)
+        found = decode(
+            self.model, [len(one.input_ids) for one in encoded], collate,
+            settings=self.settings, max_tokens=self.max_tokens, first_row=first,
+            phrases=phrases_of([row.constraints for row in rows], self.task),
+            rows=[place for place, row in enumerate(rows) if row.source.strip()],
+        )  # fmt: skip
         assert found is not None, "nobody asked to stop"
-        for place, hypotheses in found.items():
-            results[filled[place]].outputs.extend(Output(self.task.to_text(o.token_ids), o.score) for o in hypotheses)
+        for place, best in found.items():
+            results[place].outputs.extend(outputs_of(best, self.task, self.settings, rows[place].target_language))
         return results

@@ -90,9 +90,14 @@ class Family:
         self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], languages: Sequence[str | None], max_length: int
     ) -> list[Encoded]:
         """Labels of many rows, at most `max_length` tokens each with all tags kept."""
+        pieces = self.target_pieces_of(tokenizer, texts)
+        return self._tagged(tokenizer, self.labels, pieces, languages, max_length, "target")
+
+    def target_pieces_of(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts in the target language, without tags."""
         rows = {"text_target" if self.target_pieces else "text": list(texts)}
         pieces = tokenizer(**rows, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return self._tagged(tokenizer, self.labels, pieces["input_ids"], languages, max_length, "target")
+        return list(pieces["input_ids"])
 
     def encode_source(
         self, tokenizer: PreTrainedTokenizerBase, text: str, language: str | None, max_length: int

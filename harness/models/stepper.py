@@ -20,6 +20,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from harness.errors import ConfigError
+from harness.models.packed import packed
 from harness.models.tree import Slots, Tree, merge
 
 MASKABLE = ("eager", "sdpa")  # attention that takes any mask
@@ -52,7 +53,7 @@ class Stepper:
         if attention not in MASKABLE:
             self.base.set_attn_implementation("sdpa" if self.base._supports_sdpa else "eager")
         try:
-            with torch.no_grad():
+            with packed(self.base), torch.no_grad() if was_training else torch.inference_mode():
                 yield
         finally:
             if attention not in MASKABLE:

@@ -112,7 +112,9 @@ def merge(parts: Sequence[tuple[Tree, Tensor]], num_outputs: int) -> Tree:
             [_pick_slots(side, rows, order) for side in pair]
             for pair, (_, rows), order in zip(pairs, parts, live, strict=True)
         ]
-        keys, values = (_joined([one[side] for one in picked], 2, num_slots + ROOM * num_outputs) for side in (0, 1))
+        keys, values = (
+            _joined([one[side] for one in picked], 2, num_slots, room=ROOM * num_outputs) for side in (0, 1)
+        )
         slots.append(Slots(keys, values, num_slots))
     lowest = torch.finfo(first.bias_RNC.dtype).min
     bias = [
@@ -171,15 +173,17 @@ def _pick_slots(buffer: Tensor, rows: Tensor, order_RC: Tensor) -> Tensor:
     return buffer.reshape(-1, width).index_select(0, index_RHC.flatten()).view(*index_RHC.shape, width)
 
 
-def _joined(parts: Sequence[Tensor], dim: int, size: int, value: float = 0.0) -> Tensor:
-    """Parts joined on dimension 0, each filled up with `value` to `size` on `dim`."""
+def _joined(parts: Sequence[Tensor], dim: int, size: int, value: float = 0.0, room: int = 0) -> Tensor:
+    """Parts joined on dimension 0, each filled up with `value` to `size` on `dim`, and `room` behind that."""
     shape = list(parts[0].shape)
-    shape[0], shape[dim] = sum(len(part) for part in parts), size
-    whole = parts[0].new_full(shape, value)
+    shape[0], shape[dim] = sum(len(part) for part in parts), size + room
+    whole = parts[0].new_empty(shape)
     start = 0
     for part in parts:
-        whole[start : start + len(part)].narrow(dim, 0, part.shape[dim]).copy_(part)
-        start += len(part)
+        filled, end = part.shape[dim], start + len(part)
+        whole[start:end].narrow(dim, 0, filled).copy_(part)
+        whole[start:end].narrow(dim, filled, size - filled).fill_(value)
+        start = end
     return whole
 
 

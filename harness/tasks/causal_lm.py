@@ -7,7 +7,7 @@ to be learned, else -100. So no position predicts a token of another row, and a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,11 @@ from harness.config.schema import DataConfig, LossConfig
 from harness.data.clean import bad_row
 from harness.data.encoded import Encoded
 from harness.data.loader import pack_length
+from harness.data.prompts import PairPrompts, pair_prompts
 from harness.data.rows import BadRow, Message, Row
 from harness.errors import DataError
 from harness.models.chat import ChatTemplate, MarkedTokens, encode_marked
+from harness.models.stops import StopStrings
 from harness.objectives.cross_entropy import LossTerms, label_smoothed_cross_entropy
 from harness.tasks.task import IGNORED, Batch, DecodingTask, Example, pad
 
@@ -36,12 +38,14 @@ class CausalTask(DecodingTask):
     """Rows and token ids of one tokeniser.
 
     `in_one_row`: a micro-batch is one row of all its packs, without padding, as flash attention wants it.
+    `stop_strings` end an answer, which is what stands before them.
     """
 
     tokenizer: PreTrainedTokenizerBase
     data: DataConfig
     objective: LossConfig
     in_one_row: bool = False
+    stop_strings: tuple[str, ...] = ()
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded]:
         """One example per row, cut after `data.max_length` tokens. Raises DataError for a row that the chat template
@@ -54,8 +58,17 @@ class CausalTask(DecodingTask):
         return [one for row in rows for one in self._examples_of(row)]
 
     def encode_for_scores(self, rows: list[Row]) -> list[tuple[Row, Encoded] | BadRow]:
-        """Documents are scored to their end; of a conversation the last answer is."""
+        """Documents are scored to their end, of a conversation the last answer is; a pair if its prompt is whole."""
+        if self._prompts is not None:
+            return [self._scored_pair(row) for row in rows]
         return self.encode_for_training(rows) if self.data.format == "text" else super().encode_for_scores(rows)
+
+    def encode_sources(self, rows: Sequence[Row]) -> list[Encoded]:
+        """Prompts of rows without an answer, of which only the source (and languages) is read.
+
+        Raises DataError for one of more than `data.max_length` tokens: its end is what asks for the answer.
+        """
+        return [self._prompt(row) for row in rows]
 
     def collate(self, examples: Sequence[Example], device: torch.device) -> Batch:
         """Packs (or rows) padded at the end; no examples give one row without targets.
@@ -88,15 +101,19 @@ class CausalTask(DecodingTask):
         ids_BS = pad([prompt[::-1] for prompt in prompts], self._eos).flip(1)
         mask_BS = pad([[1] * len(prompt) for prompt in prompts], 0).flip(1)
         on_device = {"input_ids_BS": ids_BS.to(device), "attention_mask_BS": mask_BS.to(device)}
-        return {**on_device, "pad": self._eos, "ends": self._ends}
+        return {**on_device, "pad": self._eos, "ends": self._ends, "stops": self._stops}
+
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        return list(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"])
 
     def to_text(self, token_ids: Sequence[int]) -> str:
-        """Text of an answer on one line, special tokens left out."""
-        return " ".join(self.tokenizer.decode(token_ids, skip_special_tokens=True).split())
+        """Text of an answer on one line, up to a stop string, special tokens left out."""
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return " ".join((text if self._stops is None else self._stops.cut(text)).split())
 
     def show(self, row: Row) -> str:
-        """The examples of one row, token by token; those to learn stand between « and »."""
-        lines = []
+        """The examples of one row, token by token; those to learn stand between « and ». Of a pair its prompt first."""
+        lines = [] if self._prompts is None else [self._prompts.written(row).source, ""]
         for marked in self._marked(row):
             lines += [self._show(example) for example in self._examples(marked)]
         return "\n".join(lines)
@@ -109,13 +126,39 @@ class CausalTask(DecodingTask):
         return f"{sum(learned)} of {len(learned)} tokens are learned: {text}"
 
     def _examples_of(self, row: Row) -> list[tuple[Row, Encoded] | BadRow]:
+        if self._prompts is not None and self._prompts.shows(row):
+            return [_shown(row)]
         try:
             return [(row, example) for marked in self._marked(row) for example in self._examples(marked)]
         except DataError as error:  # the chat template refuses it
             return [bad_row(row, "chat_template", error.what)]
 
+    def _scored_pair(self, row: Row) -> tuple[Row, Encoded] | BadRow:
+        if self._prompts is not None and self._prompts.shows(row):
+            return _shown(row)
+        example = self._example(self._marked(row)[-1])
+        if example.truncated and example.target_size == 0:
+            return bad_row(row, "too_long", f"its prompt has {self.data.max_length} tokens (data.max_length) or more")
+        return row, example
+
+    def _prompt(self, row: Row) -> Encoded:
+        if self._prompts is not None:
+            row = self._prompts.written(row)
+        if self._chat is not None:
+            question: Message = {"role": "user", "content": row.source}
+            ids = self._chat.prompt(self._messages(replace(row, messages=(question,))), row.where)
+        else:
+            ids = list(self.tokenizer(row.source, verbose=False)["input_ids"])
+            ids = ids[:-1] if ids[-1:] == [self._eos] else ids
+        if len(ids) > self.data.max_length:
+            what = f"a prompt of {len(ids)} tokens is longer than data.max_length ({self.data.max_length})"
+            raise DataError(what, where=row.where, hint=f"data.max_length={len(ids)}, if the model can read so much")
+        return Encoded(ids, [IGNORED] * len(ids), num_targets=0)
+
     def _marked(self, row: Row) -> list[MarkedTokens]:
         """The row in tokens before anything is cut."""
+        if self._prompts is not None:
+            row = self._prompts.written(row)
         if self.data.format == "text":
             ids = list(self.tokenizer(row.source, verbose=False)["input_ids"])
             return [self._ended(MarkedTokens(ids, [True] * len(ids)))]
@@ -174,6 +217,14 @@ class CausalTask(DecodingTask):
         return ({"role": "system", "content": prompt}, *row.messages)
 
     @cached_property
+    def _prompts(self) -> PairPrompts | None:
+        return pair_prompts(self.data) if self.data.has_prompts else None
+
+    @cached_property
+    def _stops(self) -> StopStrings | None:
+        return StopStrings(self.tokenizer, self.stop_strings) if self.stop_strings else None
+
+    @cached_property
     def _chat(self) -> ChatTemplate | None:
         """None if prompts and completions are simply joined. Raises DataError for conversations without a template."""
         if self.tokenizer.chat_template is not None:
@@ -202,6 +253,10 @@ class CausalTask(DecodingTask):
                 "the tokeniser has no end-of-text token", hint="name its eos_token in tokenizer_config.json"
             )
         return int(self.tokenizer.eos_token_id)
+
+
+def _shown(row: Row) -> BadRow:
+    return bad_row(row, "few_shot", "its source is one of the examples that stand in every prompt")
 
 
 def _start_of_answer(labels: Sequence[int] | NDArray[np.int32]) -> int:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from harness.config.schema import DataConfig
 from harness.data.encoded import Encoded
 from harness.data.rows import BadRow, Row
 from harness.objectives.cross_entropy import LossTerms
@@ -72,9 +73,19 @@ class Task(ABC):
 class DecodingTask(Task):
     """A task whose model answers in text."""
 
+    data: DataConfig
+
+    def encode_sources(self, rows: Sequence[Row]) -> list[Encoded]:
+        """As `encode`, of rows that have no answer yet."""
+        return self.encode(rows)
+
     @abstractmethod
     def collate_sources(self, examples: Sequence[Example], device: torch.device) -> dict[str, Any]:
         """What beam search needs of the examples: see `decoding.beam.decode`."""
+
+    @abstractmethod
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts as they stand in an output, without special tokens."""
 
     @abstractmethod
     def to_text(self, token_ids: Sequence[int]) -> str:

@@ -90,6 +90,9 @@ class TranslationTask(DecodingTask):
             "forced_first": forced,
         }
 
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.family.target_pieces_of(self.tokenizer, texts)
+
     def to_text(self, token_ids: Sequence[int]) -> str:
         """Text of a hypothesis, one line, tags left out."""
         return " ".join(self.family.decode(self.tokenizer, [token_ids])[0].split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from harness.tasks.task import Task
 from harness.training.merge import in_float32, merged
 from harness.training.prepare import base_digest, model_source
 from harness.training.session import CHECKPOINTS, Session, check_base, reopen_engine, save
-from harness.training.validate import best_step, evaluate_set, evaluate_validation
+from harness.training.validate import evaluate_set, evaluate_validation, kept_best
 
 FIXED_LENGTHS = (3, 9, 17, 5)  # tokens of the rows on which an export is compared
 PISSA_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest logit
@@ -40,7 +41,7 @@ def finish(session: Session) -> None:
     save(session)
     if stopping:
         raise _interrupted()
-    chosen = best_step(progress.best, progress.best_value) or progress.step
+    chosen = kept_best(progress.best, progress.best_step) or progress.step
     last_step = progress.step
     if chosen != progress.step:
         go_back(session, chosen)
@@ -55,7 +56,7 @@ def finish(session: Session) -> None:
     heartbeat.beat("save")
     if session.processes.is_first:
         checkpoint = session.store.open(chosen)
-        export_checkpoint(checkpoint, session.config, session.task, session.run_dir / "export")
+        export_checkpoint([checkpoint], session.config, session.task, session.run_dir / "export")
         write_summary(session, last_step, chosen, scores)
     session.processes.barrier()
 
@@ -76,22 +77,26 @@ def _interrupted() -> Interrupted:
 
 
 def export_checkpoint(
-    checkpoint: Checkpoint, config: RunConfig, task: Task, directory: Path, *, merge: bool = False
+    checkpoints: Sequence[Checkpoint], config: RunConfig, task: Task, directory: Path, *, merge: bool = False
 ) -> str:
     """The model of a checkpoint as a Hugging Face directory in the run's dtype, or its adapter as PEFT reads it.
 
+    Of several checkpoints, oldest first, the model has the mean of their weights.
     `merge`: the adapter is added into the weights of its base, which become a model of their own.
     Returns what was compared besides the logits of the written model, for the user. Raises DataError if the base is
     another one than in training.
     """
-    check_base(checkpoint, base_digest(config))
+    digest = base_digest(config)
+    for checkpoint in checkpoints:
+        check_base(checkpoint, digest)
     as_plain_transformers = {"gradient_checkpointing": False, "attention": "sdpa", "neftune_alpha": None}
     config = config.model_copy(update={"model": config.model.model_copy(update=as_plain_transformers)})
     dtype = getattr(torch, config.model.dtype)
     if merge:
         config = in_float32(config)
-    model = assemble(config, step=checkpoint.step - 1, total_steps=max(1, checkpoint.step)).model
-    overwrite_parameters(model, checkpoint)
+    last_step = checkpoints[-1].step
+    model = assemble(config, step=last_step - 1, total_steps=max(1, last_step)).model
+    overwrite_parameters(model, checkpoints)
     inputs = fixed_inputs(task, model.config)
     if config.adapter is not None and not merge:
         from harness.models.adapter_files import save_adapter  # peft takes seconds to import
@@ -136,8 +141,31 @@ def choose_checkpoint(run_dir: Path, step: int | None = None) -> Checkpoint:
     newest, _ = store.newest()
     if newest is None:
         raise DataError("the run has no checkpoint yet", where=str(run_dir))
-    chosen = best_step(newest.state["best"], newest.state["best_value"])
+    chosen = kept_best(newest.state["best"], newest.state["best_step"])
     return newest if chosen is None else store.open(chosen)
+
+
+def choose_to_average(
+    run_dir: Path, *, num_last: int | None = None, best: bool = False, steps: Sequence[int] = ()
+) -> list[Checkpoint]:
+    """The `num_last` newest checkpoints, the `best` ones, or those of `steps`; else all. Oldest first.
+
+    Raises DataError if they are not there, or fewer than two.
+    """
+    store = CheckpointStore(run_dir / CHECKPOINTS)
+    present = store.steps()
+    newest = store.newest()[0] if best else None
+    if newest is not None:
+        steps = [int(step) for step in newest.state["best"]]
+    chosen = sorted(set(steps)) if best or steps else present[-(num_last or 0) :]
+    missing = [step for step in chosen if step not in present]
+    needed = max(2, num_last or 0)
+    if missing or len(chosen) < needed:
+        too_few = f"an average of {needed} checkpoints or more is wanted, and {len(chosen)} would be averaged"
+        what = f"there is no checkpoint of step {missing[0]}" if missing else too_few
+        there = f"there are: {', '.join(map(str, present)) or 'none'}"
+        raise DataError(what, where=str(run_dir), hint=f"{there}; checkpoint.keep_last and keep_best keep more")
+    return [store.open(step) for step in chosen]
 
 
 def write_summary(session: Session, last_step: int, chosen: int, scores: dict[str, float]) -> None:

@@ -77,7 +77,7 @@ def bleu_of(model: Any, config: RunConfig, task: Task) -> Bleu | None:
     if not isinstance(task, TranslationTask):
         return None
     options = config.evaluation or EvaluationConfig()
-    settings = beam_settings(options, config.data.max_target_length)
+    settings = beam_settings(config, task)
     max_tokens = options.max_tokens_per_device or config.batch.max_tokens_per_device
     name, rows = rows_to_translate(config)
     outputs = Translator(model, task, settings, max_tokens, model.device).of_rows(rows)

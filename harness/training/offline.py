@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from harness.config.evaluation_schema import EvaluationConfig
+from harness.config.evaluation_schema import EvaluationConfig, forget_search_of_preset
+from harness.config.load import with_overrides
 from harness.config.schema import DataSource, RunConfig
 from harness.data.cache import load_rows, prepare_rows
+from harness.data.encoded import EncodedRows
 from harness.data.sources import as_source
 from harness.engine.processes import Processes, find_device, find_store, join, leave
 from harness.errors import ConfigError, DataError, ExitCode, HarnessError
+from harness.evaluation.changes import read_baseline
 from harness.evaluation.evaluate import evaluate
 from harness.evaluation.settings import beam_settings
 from harness.evaluation.translate import Translator
@@ -30,17 +33,21 @@ from harness.io.atomic import read_json, write_json
 from harness.launch.environment import RankEnvironment, local_ranks, read_rank_environment
 from harness.launch.supervisor import supervise
 from harness.models.assemble import load_base, load_with_adapter
+from harness.models.ensemble import Ensemble
 from harness.models.heads import stored_labels
 from harness.models.load import as_dtype, is_decoder, model_directory
+from harness.models.precision import in_precision
 from harness.models.screen import base_of_adapter, is_adapter, screen_model_directory, types_of_base
 from harness.plan.parameters import position_limit
 from harness.plan.plan import Plan
+from harness.tasks.task import DecodingTask
 from harness.tasks.translation import TranslationTask
 from harness.training.prepare import build_task, encoding, evaluation_sources, with_prepared_labels
 from harness.training.rank import record_and_exit
 
 DEFAULT_MAX_TOKENS = 4096
 DEFAULT_MAX_LENGTH = 256
+DEFAULT_PROMPT_LENGTH = 1024  # of a language model, examples included
 OPTIONS = {  # key of the run file -> option of the commands
     "data.source_language": "--source-language",
     "data.target_language": "--target-language",
@@ -49,12 +56,19 @@ OPTIONS = {  # key of the run file -> option of the commands
 Sections = Mapping[str, Mapping[str, Any]]
 
 
+class Member(NamedTuple):
+    """A further model of an ensemble."""
+
+    config: RunConfig
+    adapter: str | None
+
+
 @dataclass(frozen=True)
 class Subject:
     """What MODEL_OR_RUN names: `config.model.path` is the model, the rest of `config` are the settings to use.
 
     `adapter` is the directory of an adapter, of which `config.model.path` is the base. `run_dir` and `step` are None
-    for a model that is no run's.
+    for a model that is no run's. `others` decode with it as one ensemble.
     """
 
     name: str
@@ -62,6 +76,7 @@ class Subject:
     adapter: str | None = None
     run_dir: Path | None = None
     step: int | None = None
+    others: tuple[Member, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,25 +85,56 @@ class Job:
 
     config: RunConfig
     adapter: str | None
+    others: tuple[Member, ...]
     rows: str
     directory: str
     num_rows: int | None
+    baseline: str | None
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "config": self.config.model_dump(mode="json")}
+        others = [(config.model_dump(mode="json"), adapter) for config, adapter in self.others]
+        return {**vars(self), "config": self.config.model_dump(mode="json"), "others": others}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Job:
-        return cls(**{**content, "config": RunConfig.model_validate(content["config"])})
+        others = tuple(Member(RunConfig.model_validate(config), adapter) for config, adapter in content["others"])
+        return cls(**{**content, "config": RunConfig.model_validate(content["config"]), "others": others})
+
+
+def open_ensemble(model_or_run: str, others: Sequence[str], changes: Sections, overrides: Sequence[str]) -> Subject:
+    """`open_subject`, with further models that decode with it. `overrides` are `key.path=value`, after `changes`.
+
+    Raises DataError if a tokeniser differs.
+    """
+    subject = open_subject(model_or_run, changes)
+    subject = replace(subject, config=with_overrides(subject.config, overrides))
+    members = []
+    for other in others:
+        opened = open_subject(other, {"model": changes.get("model", {})})
+        _check_same_tokens(subject.config, opened.config, other)
+        members.append(Member(opened.config, opened.adapter))
+    return replace(subject, others=tuple(members))
+
+
+def _check_same_tokens(config: RunConfig, other: RunConfig, name: str) -> None:
+    where = f"--ensemble {name}"
+    if config.task != other.task:
+        raise DataError(f"its task is {other.task}, not {config.task}", where=where)
+    ours, theirs = (build_task(one).tokenizer.get_vocab() for one in (config, other))
+    if ours != theirs:
+        token = next(iter(dict(ours.items() ^ theirs.items())))
+        what = f"its tokeniser is another one: {token!r} is {theirs.get(token)} in it, and {ours.get(token)} in ours"
+        raise DataError(what, where=where, hint="an ensemble is made of checkpoints that share a tokeniser")
 
 
 def open_subject(model_or_run: str, changes: Sections) -> Subject:
     """The model of a run with the run's settings, or any other model with defaults; `changes` as in `with_changes`."""
     run_dir = Path(model_or_run)
     if not (run_dir / "plan.json").is_file():
+        row_format = changes.get("data", {}).get("format")
         if not is_adapter(run_dir):
-            return Subject(run_dir.name, with_changes(_default_config(model_or_run), changes))
-        config = with_changes(_default_config(base_of_adapter(run_dir)), {"model": types_of_base(run_dir)})
+            return Subject(run_dir.name, with_changes(_default_config(model_or_run, row_format), changes))
+        config = with_changes(_default_config(base_of_adapter(run_dir), row_format), {"model": types_of_base(run_dir)})
         return Subject(run_dir.name, with_changes(config, changes), str(run_dir.absolute()))
     export, summary = run_dir / "export", run_dir / "summary.json"
     if not export.is_dir() or not summary.is_file():
@@ -102,9 +148,11 @@ def open_subject(model_or_run: str, changes: Sections) -> Subject:
 
 
 def with_changes(config: RunConfig, changes: Sections) -> RunConfig:
-    """`config` with {section: {key: value}} put over it; a value of None in an option changes nothing."""
+    """`config` with {section: {key: value}} put over it; a preset brings its own beams and length penalty."""
     content = config.model_dump(mode="json")
     content["evaluation"] = content["evaluation"] or EvaluationConfig().model_dump(mode="json")
+    if "preset" in changes.get("evaluation", {}):
+        forget_search_of_preset(content["evaluation"])
     for section, values in changes.items():
         content[section] |= values
     return RunConfig.model_validate(content)
@@ -122,16 +170,26 @@ def named_set(subject: Subject) -> tuple[str, DataSource, int | None]:
 
 
 def score(
-    subject: Subject, name: str, source: DataSource | str, directory: Path, *, num_rows: int | None, processes: int
+    subject: Subject,
+    name: str,
+    source: DataSource | str,
+    directory: Path,
+    *,
+    num_rows: int | None,
+    processes: int,
+    baseline: Path | None = None,
 ) -> ExitCode:
-    """Decode and score a set on `processes` ranks of this machine, and write the evaluation to `directory`."""
+    """Decode and score a set on `processes` ranks of this machine, and write the evaluation to `directory`.
+
+    `baseline` is the directory of an evaluation of the same rows, which the page compares with.
+    """
     config = subject.config
     with tempfile.TemporaryDirectory(prefix="harness-evaluate-") as scratch, languages_named_as_options():
-        prepared = prepare_rows(
-            name, [as_source(source)], config.data,
-            **encoding(config, build_task(config), is_training=False), cache_root=Path(scratch) / "rows",
+        rows = number_rows(config, name, source, Path(scratch))
+        job = Job(
+            config, subject.adapter, subject.others, str(rows.directory), str(directory.absolute()), num_rows,
+            None if baseline is None else str(baseline.absolute()),
         )  # fmt: skip
-        job = Job(config, subject.adapter, str(prepared.rows.directory), str(directory.absolute()), num_rows)
         if processes == 1:
             score_on_rank(job, Processes(0, 0, 1, find_device(0), dist.HashStore()))
             return ExitCode.DONE
@@ -140,13 +198,22 @@ def score(
         return supervise(command, local_ranks(processes), run_dir=Path(scratch), launch=config.launch).report()
 
 
+def number_rows(config: RunConfig, name: str, source: DataSource | str, scratch: Path) -> EncodedRows:
+    """The rows of a set as numbers, in files below `scratch`."""
+    return prepare_rows(
+        name, [as_source(source)], config.data,
+        **encoding(config, build_task(config), is_training=False), cache_root=scratch / "rows",
+    ).rows  # fmt: skip
+
+
 def score_on_rank(job: Job, processes: Processes) -> None:
     """This rank's share of a job; rank 0 writes the evaluation."""
-    model = load_for_inference(job.config, job.adapter, processes.device)
     task, rows = build_task(job.config), load_rows(Path(job.rows))
+    baseline = read_baseline(Path(job.baseline), rows.texts("target")[: job.num_rows]) if job.baseline else None
+    model = load_together(Member(job.config, job.adapter), job.others, processes.device)
     result = evaluate(model, rows, task, processes, config=job.config, num_rows=job.num_rows)
     if processes.is_first:
-        result.write(Path(job.directory))
+        result.write(Path(job.directory), baseline)
 
 
 def load_for_inference(config: RunConfig, adapter: str | None, device: torch.device) -> Any:
@@ -155,21 +222,28 @@ def load_for_inference(config: RunConfig, adapter: str | None, device: torch.dev
     return as_dtype(model, getattr(torch, config.model.dtype)).to(device).eval()
 
 
-def open_translator(subject: Subject, num_hypotheses: int) -> Translator:
+def load_together(first: Member, others: Sequence[Member], device: torch.device) -> Any:
+    """The first model, or all as one ensemble."""
+    models = [load_for_inference(*member, device) for member in (first, *others)]
+    return Ensemble(models) if others else models[0]
+
+
+def open_translator(subject: Subject) -> Translator:
     """Everything to translate lines with the languages of `config.data`. Raises DataError for a missing language."""
     config, device = subject.config, find_device(0)
     options = config.evaluation
     assert options is not None
-    settings = beam_settings(options, config.data.max_target_length, num_hypotheses)
     with languages_named_as_options():
         task = build_task(config)
-        if not isinstance(task, TranslationTask):
-            raise ConfigError(f"the run's task is {config.task}, not translation", where=config.name)
-        if task.family.has_languages:
+        if not isinstance(task, DecodingTask):
+            raise ConfigError(f"the run's task is {config.task}: it has nothing to translate", where=config.name)
+        if isinstance(task, TranslationTask) and task.family.has_languages:
             task.family.language_id(task.tokenizer, config.data.source_language, "source")
             task.family.language_id(task.tokenizer, config.data.target_language, "target")
     max_tokens = options.max_tokens_per_device or config.batch.max_tokens_per_device
-    return Translator(load_for_inference(config, subject.adapter, device), task, settings, max_tokens, device)
+    model = load_together(Member(config, subject.adapter), subject.others, device)
+    model = in_precision(model, options.precision)
+    return Translator(model, task, beam_settings(config, task), max_tokens, device)
 
 
 @contextmanager
@@ -184,11 +258,12 @@ def languages_named_as_options() -> Iterator[None]:
         raise
 
 
-def _default_config(model: str) -> RunConfig:
-    """A run file of defaults around a model; its training part is never read."""
+def _default_config(model: str, row_format: str | None) -> RunConfig:
+    """A run file of defaults around a model, for rows of a format; its training part is never read."""
     directory = model_directory(model)
     content, labels = screen_model_directory(directory, weights=True), stored_labels(directory)
-    length = min(DEFAULT_MAX_LENGTH, position_limit(content) or DEFAULT_MAX_LENGTH)
+    positions = position_limit(content) or DEFAULT_PROMPT_LENGTH + DEFAULT_MAX_LENGTH
+    length = min(DEFAULT_MAX_LENGTH, positions)
     dtype = str(content.get("dtype") or content.get("torch_dtype") or "float32")
     if dtype != "bfloat16" and not (dtype == "float16" and torch.cuda.is_available()):
         dtype = "float32"
@@ -199,7 +274,9 @@ def _default_config(model: str) -> RunConfig:
         "classification": labels and labels.model_dump(),
         "model": {"path": model, "dtype": dtype},
         "data": {"train": [{"path": ""}], "packing": False}
-        | dict.fromkeys(("max_source_length", "max_target_length", "max_length"), length),
+        | ({"format": row_format} if row_format else {})
+        | dict.fromkeys(("max_source_length", "max_target_length", "max_length"), length)
+        | ({"max_length": max(length, min(DEFAULT_PROMPT_LENGTH, positions - length))} if task == "causal_lm" else {}),
         "batch": {"tokens_per_step": DEFAULT_MAX_TOKENS, "max_tokens_per_device": DEFAULT_MAX_TOKENS},
         "optimizer": {"lr": 1.0},
         "schedule": {"steps": 1},

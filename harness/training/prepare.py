@@ -12,9 +12,9 @@ from harness.data.cache import Prepared, load_rows, prepare_rows, write_reports
 from harness.data.encoded import EncodedRows
 from harness.data.leakage import held_out_sources
 from harness.data.rows import Row
-from harness.data.sources import as_source, read_rows
+from harness.data.sources import as_source, existing_file, read_rows
 from harness.errors import ConfigError
-from harness.io.atomic import read_json, write_json
+from harness.io.atomic import read_json, sha256_file, write_json
 from harness.models.load import base_fingerprint, load_family, load_matching_tokenizer, tokenizer_fingerprint
 from harness.tasks.causal_lm import CausalTask
 from harness.tasks.classification import ClassificationTask, with_labels_of
@@ -53,7 +53,9 @@ def _translation(config: RunConfig) -> TranslationTask:
 
 def _causal_lm(config: RunConfig) -> CausalTask:
     tokenizer = load_matching_tokenizer(model_source(config), "causal_lm")
-    return CausalTask(tokenizer, config.data, config.loss, in_one_row=config.model.attention == "flash_attention_2")
+    in_one_row = config.model.attention == "flash_attention_2"
+    stop_strings = tuple(config.evaluation.stop_strings) if config.evaluation else ()
+    return CausalTask(tokenizer, config.data, config.loss, in_one_row, stop_strings)
 
 
 def _classification(config: RunConfig) -> ClassificationTask:
@@ -135,10 +137,11 @@ def prepare_sets(config: RunConfig, task: Task, report_dir: Path | None = None) 
 def encoding(config: RunConfig, task: Task, *, is_training: bool) -> dict[str, Any]:
     """What `prepare_rows` must know of the task: how rows become numbers, and a hash of all that decides it."""
     labels = config.classification and config.classification.model_dump_json()
+    few_shot = config.data.few_shot and sha256_file(existing_file(Path(config.data.few_shot.path)))
     return {
         "is_training": is_training,
         "encode": task.encode_for_training if is_training else task.encode_for_scores,
-        "fingerprint": f"{config.task} {tokenizer_fingerprint(model_source(config))} {labels}",
+        "fingerprint": f"{config.task} {tokenizer_fingerprint(model_source(config))} {labels} {few_shot}",
         "float_labels": config.classification is not None and config.classification.problem == "regression",
     }
 

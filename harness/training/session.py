@@ -39,6 +39,7 @@ class Progress:
     step: int = 0
     evaluated_step: int = -1
     best: dict[str, float] = field(default_factory=dict)  # step -> watched score of the kept best checkpoints
+    best_step: int | None = None  # the last one whose score was better (early stopping: significantly) than before
     best_value: float | None = None
     evaluations_without_gain: int = 0
     data_digest: str = ""
@@ -72,11 +73,6 @@ class Session:
     def phase_boundaries(self) -> list[int]:
         """Steps after which more parameters are trained than before."""
         return [step for step in phase_boundaries(self.config.freeze) if step < self.total_steps]
-
-    @property
-    def is_parameter_sharded(self) -> bool:
-        """ZeRO-3: every forward pass is a collective."""
-        return int(self.engine.zero_optimization_stage()) == 3 and self.processes.world_size > 1
 
 
 def open_session(

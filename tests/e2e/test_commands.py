@@ -94,7 +94,8 @@ class TestEvaluate:
         assert {name: scores[name] for name in trained.summary["test"]} == trained.summary["test"]
         for name in TEXT_FILES:
             assert (output / name).read_text() == (trained.test_dir / name).read_text()
-        assert f"{scores['chrf']:.2f}  {scores['signatures']['chrf']}" in done.stdout
+        assert f"chrF2         {scores['chrf']:.2f}  (" in done.stdout
+        assert scores["signatures"]["chrf"] in done.stdout
         assert str(output) in done.stdout
 
     def test_writes_beside_the_evaluations_of_training_and_not_over_them(self, trained, capsys):
@@ -103,7 +104,8 @@ class TestEvaluate:
         directory = trained.test_dir.with_name(f"{trained.test_dir.name}-beam1")
         assert scores_of(directory)["beam"] == {
             "beam_size": 1, "length_penalty": 1.0, "max_length": 9, "max_length_ratio": None, "num_hypotheses": 1,
-            "preset": "hf", "early_stopping": False, "constraints": None, "sampling": None,
+            "preset": "hf", "early_stopping": False, "beam_groups": 1, "diversity_penalty": 0.0, "constraints": None,
+            "sampling": None, "minimum_risk": None,
         }  # fmt: skip
         assert (trained.test_dir / "scores.json").read_bytes() == before
         assert str(directory) in capsys.readouterr().out
@@ -122,12 +124,64 @@ class TestEvaluate:
         assert "chrf" not in ours
         assert (directory / "hypotheses.txt").read_text() == (trained.test_dir / "hypotheses.txt").read_text()
 
+    def test_searches_as_it_is_told(self, trained, tmp_path, capsys):
+        def scores(*arguments):
+            assert command("evaluate", trained.dir, *arguments, "--output", tmp_path / "set") == 0
+            return scores_of(tmp_path / "set")
+
+        marian = scores("--preset", "marian", "evaluation.num_hypotheses=3")
+        assert (marian["beam"]["beam_size"], marian["beam"]["length_penalty"]) == (12, 0.0)
+        assert "marian beam 12, length penalty 0" in capsys.readouterr().out
+        drawn = scores("evaluation.sampling={top_k: 5}")
+        assert drawn["beam"]["sampling"] == {"temperature": 1.0, "top_k": 5, "top_p": 1.0, "seed": 17}
+        assert drawn["beam"]["beam_size"] == 1
+        chosen = scores("evaluation.minimum_risk={utility: bleu, samples: 8}")
+        assert chosen["hypothesis_score"] == "expected sentence bleu against 8 samples, 0 to 100"
+        diverse = scores("evaluation.beam_groups=3", "evaluation.diversity_penalty=0.5", "evaluation.beam_size=3")
+        assert diverse["beam"]["beam_groups"] == 3
+
+    def test_compares_with_a_baseline(self, trained, tmp_path, capsys):
+        options = ("--beam-size", 1, "--max-length", 9, "--output", tmp_path / "short")
+        assert command("evaluate", trained.dir, *options, "--baseline", trained.test_dir) == 0
+        found, before = scores_of(tmp_path / "short")["baseline"], scores_of(trained.test_dir)
+        assert found["name"] == trained.test_dir.name
+        texts = ((one / "hypotheses.txt").read_text().splitlines() for one in (trained.test_dir, tmp_path / "short"))
+        assert found["changed"] == sum(old != new for old, new in zip(*texts, strict=True)) > 0
+        assert {name: one["score"] for name, one in found["scores"].items()} == {
+            name: pytest.approx(before[name]) for name in ("bleu", "chrf", "ter")
+        }
+        assert "Largest losses" in (tmp_path / "short" / "report.html").read_text()
+        other = next(trained.test_dir.parent.glob("step-*-validation"))
+        assert command("evaluate", trained.dir, "--baseline", other) == 3
+        assert "references differ" in capsys.readouterr().err
+
+    def test_outputs_have_the_phrases_of_their_row(self, trained, tmp_path):
+        rows = [(*TEST_PAIRS[0], f"{TEST_PAIRS[1][1]} ||| {TEST_PAIRS[5][1]}"), (*TEST_PAIRS[2], "")]
+        lines = ["source\ttarget\tphrases", *("\t".join(row) for row in rows)]
+        (tmp_path / "rows.tsv").write_text("".join(f"{line}\n" for line in lines))
+        options = ("--data", tmp_path / "rows.tsv", "--output", tmp_path / "set")
+        assert command("evaluate", trained.dir, *options, "data.constraints_column=phrases") == 0
+        bound, free = (tmp_path / "set" / "hypotheses.txt").read_text().splitlines()
+        assert TEST_PAIRS[1][1] in bound
+        assert TEST_PAIRS[5][1] in bound
+        assert free == (trained.test_dir / "hypotheses.txt").read_text().splitlines()[2]
+
+    def test_an_ensemble_of_a_model_with_itself_gives_its_outputs(self, trained, tmp_path):
+        options = ("--ensemble", trained.dir / "export", "--output", tmp_path / "set")
+        assert command("evaluate", trained.dir, *options) == 0
+        assert (tmp_path / "set" / "hypotheses.txt").read_text() == (trained.test_dir / "hypotheses.txt").read_text()
+        assert scores_of(tmp_path / "set")["nll"] == pytest.approx(scores_of(trained.test_dir)["nll"], rel=1e-5)
+
     @pytest.mark.parametrize(
         ("arguments", "code", "message"),
         [
+            (["RUN", "evaluation.beam_sise=3"], 2, "did you mean `evaluation.beam_size`?"),
+            (["RUN", "optimizer.lr=3"], 2, "only keys of evaluation and data count here"),
+            (["RUN", "evaluation.beam_groups=2"], 2, "override 'evaluation.beam_groups=2': evaluation.beam_groups: "),
+            (["RUN", "--ensemble", "OTHER"], 3, "its tokeniser is another one"),
             (["RUN", "--data", "no.tsv"], 3, "no such file"),
             (["RUN", "--references", "x"], 2, "--data"),
-            (["RUN", "--metrics", "bleu,rouge"], 2, "'rouge' is not one of bleu, chrf, ter"),
+            (["RUN", "--metrics", "bleu,rouge"], 2, "'rouge' is not one of bleu, chrf, chrf++, ter"),
             (["RUN", "--beam-size", "0"], 2, "at least 1"),
             (["RUN", "--max-length", "900"], 2, "--max-length: 900 tokens are more than the model's 128 positions"),
             (["RUN", "--target-language", "de_AT"], 3, "nearest: de_DE"),
@@ -138,12 +192,12 @@ class TestEvaluate:
             (["UNFINISHED"], 3, "no exported model yet"),
         ],
     )
-    def test_says_what_is_wrong(self, trained, tmp_path, capsys, arguments, code, message):
+    def test_says_what_is_wrong(self, trained, tiny_models, tmp_path, capsys, arguments, code, message):
         unfinished = tmp_path / "unfinished"
         unfinished.mkdir()
         shutil.copy(trained.dir / "plan.json", unfinished)
         places = {"RUN": trained.dir, "EXPORT": trained.dir / "export", "UNFINISHED": unfinished}
-        places["TEST"] = trained.directory / "test.tsv"
+        places |= {"TEST": trained.directory / "test.tsv", "OTHER": tiny_models["nllb"]}
         assert command("evaluate", *(places.get(argument, argument) for argument in arguments)) == code
         assert message in capsys.readouterr().err
 
@@ -169,6 +223,27 @@ class TestTranslate:
         assert rows[0][2] == (trained.test_dir / "hypotheses.txt").read_text().splitlines()[0]
         assert float(rows[0][1]) >= float(rows[1][1])
         assert [row[1:] for row in rows[:2]] == [row[1:] for row in rows[3:]]
+
+    def test_outputs_have_the_phrases_of_their_line(self, trained, monkeypatch, capfdbinary):
+        (source, target), (_, other) = TEST_PAIRS[0], TEST_PAIRS[5]
+        phrase = " ".join(other.split()[:2])
+        feed(monkeypatch, f"{source}\n{source}\t{phrase}\t{target.split()[0]}\n")
+        assert command("translate", trained.dir, "--constraints") == 0
+        free, bound = capfdbinary.readouterr().out.decode().splitlines()
+        assert free == (trained.test_dir / "hypotheses.txt").read_text().splitlines()[0]
+        assert phrase not in free
+        assert phrase in bound
+        assert target.split()[0] in bound
+
+    def test_draws_depend_on_the_number_of_a_line(self, trained, monkeypatch, capfdbinary):
+        options = ("evaluation.sampling={temperature: 2.0}", "--n-best", 2)
+        source, outputs = TEST_PAIRS[0][0], []
+        for text in (f"{source}\n\n{source}\n", f"\n\n{source}\n"):
+            feed(monkeypatch, text)
+            assert command("translate", trained.dir, *options) == 0
+            outputs.append(capfdbinary.readouterr().out.decode().splitlines())
+        assert outputs[0][-2:] == outputs[1][-2:]
+        assert len({line.split("\t")[2] for line in outputs[0]}) > 3
 
     def test_answers_each_line_as_it_comes_and_ends_quietly_without_a_reader(self, trained):
         process = subprocess.Popen(
@@ -210,7 +285,7 @@ class TestTranslate:
         assert command("translate", trained.dir) == 3
         assert "standard input:2: not UTF-8 at byte 5" in capfd.readouterr().err
         assert command("translate", trained.dir, "--n-best", 4) == 2
-        assert "--beam-size 4" in capfd.readouterr().err
+        assert "raise `evaluation.beam_size` to 4" in capfd.readouterr().err
         assert command("translate", trained.dir / "export") == 3
         assert "--source-language" in capfd.readouterr().err
 

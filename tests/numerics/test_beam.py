@@ -6,6 +6,7 @@ Shapes: B rows, S source positions.
 import copy
 import json
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -282,7 +283,7 @@ def test_outputs_do_not_depend_on_the_neighbours(model, family):
 
 
 def test_more_hypotheses_than_beams_is_a_programming_error():
-    with pytest.raises(ValueError, match="num_hypotheses=3 must lie between 1 and beam_size=2"):
+    with pytest.raises(ValueError, match="num_hypotheses=3 must lie between 1 and 2 outputs"):
         BeamSettings(2, 1.0, 10, num_hypotheses=3)
 
 
@@ -295,24 +296,35 @@ def test_dealing_gives_each_batch_to_one_rank_and_all_ranks_equally_many(batches
     assert all(turn.rows for hand in hands for turn in hand)
 
 
-def test_ranks_that_share_parameters_move_in_step_whatever_their_rows():
-    model, batch = make_model("mbart"), make_batch(rows=12)
-    hands = [[list(range(12)), []], [[0], list(range(1, 12))], [[3, 4], [5]], [[1, 2, 3], [4], []], [[], [7]]]
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(15):
-        ranks = torch.randint(0, 3, (12,), generator=generator).tolist()
-        hands.append([[row for row in range(12) if ranks[row] == rank] for rank in range(3)])
-    settings = BeamSettings(3, 1.0, max_length=12)
+def assert_moves_in_step(model, batch, hands, settings, max_tokens):
+    """Ranks with these hands of rows run the same modules in the same order, and find what one process finds."""
+    calls, found = decode_in_step(
+        model, ["model.encoder", "model.decoder"], hands,
+        lambda model, **options: decode_rows_of(model, "mbart", batch, settings, max_tokens=max_tokens, **options),
+    )  # fmt: skip
+    assert all(one == calls[0] for one in calls)
+    assert set(calls[0]) == {"model.encoder", "model.decoder"}
+    assert [sorted(rows) for rows in found] == [sorted(rows) for rows in hands]
     alone = search(model, "mbart", batch, settings)
-    for hand in hands:
-        calls, found = decode_in_step(
-            model, ["model.encoder", "model.decoder"], hand,
-            lambda model, **options: decode_rows_of(model, "mbart", batch, settings, max_tokens=80, **options),
-        )  # fmt: skip
-        assert all(one == calls[0] for one in calls)
-        assert set(calls[0]) == {"model.encoder", "model.decoder"}
-        assert [sorted(rows) for rows in found] == [sorted(rows) for rows in hand]
-        assert all(one[0].token_ids == alone[row][0].token_ids for rows in found for row, one in rows.items())
+    assert all(one[0].token_ids == alone[row][0].token_ids for rows in found for row, one in rows.items())
+
+
+@pytest.mark.parametrize(
+    "hands", [[list(range(12)), []], [[0], list(range(1, 12))], [[3, 4], [5]], [[1, 2, 3], [4], []], [[], [7]]]
+)
+def test_ranks_that_share_parameters_move_in_step_whatever_their_rows(hands):
+    assert_moves_in_step(make_model("mbart"), make_batch(rows=12), hands, BeamSettings(3, 1.0, max_length=12), 80)
+
+
+def test_two_hundred_random_patterns_of_lengths_in_step():
+    """On two to four ranks, rows and room for them at random; outputs of 1 to 12 tokens."""
+    model, draw = make_model("mbart"), random.Random(0)
+    for seed in range(200):
+        num_ranks, num_rows = draw.randint(2, 4), draw.randint(1, 8)
+        ranks = [draw.randrange(num_ranks) for _ in range(num_rows)]
+        hands = [[row for row in range(num_rows) if ranks[row] == rank] for rank in range(num_ranks)]
+        settings = BeamSettings(draw.choice([1, 2, 3]), 1.0, draw.randint(1, 12), draw.choice([None, 0.2]))
+        assert_moves_in_step(model, make_batch(seed, num_rows), hands, settings, draw.choice([0, 30, 80, 300]))
 
 
 def test_a_wish_to_stop_ends_the_search():

@@ -5,6 +5,8 @@ Shapes: B rows, S prompt positions, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -95,6 +97,22 @@ def test_constraints_are_those_of_generate(family: str, name: str, beam_size: in
     if beam_size > 1:
         scores = [found[row][0].score for row in range(8)]
         assert scores == pytest.approx(expected.sequences_scores.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("beam_size", [1, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_at_the_length_limit_are_told(family: str, beam_size: int) -> None:
+    model, batch = make_translator(family), make_batch(rows=16)
+    start, forced = PREFIXES[family]
+    model.generation_config.forced_eos_token_id = None
+    expected = model.generate(
+        batch[0], attention_mask=batch[1], num_beams=beam_size, decoder_start_token_id=start, max_new_tokens=9,
+        forced_bos_token_id=forced, suppress_tokens=[PAD],
+    )  # fmt: skip
+    found = decode_rows_of(model, family, batch, BeamSettings(beam_size, 1.0, max_length=9), max_tokens=100)
+    lengths = (expected[:, 1:] != PAD).sum(dim=1)
+    assert [found[row][0].is_at_limit for row in range(16)] == (lengths == 9).tolist()
+    assert 0 < (lengths == 9).sum() < 16
 
 
 def make_decoder(name: str) -> Any:
@@ -200,13 +218,53 @@ def test_what_is_drawn_from_is_what_generate_draws_from(
 
 
 def test_draws_have_their_probabilities() -> None:
-    scores_RV = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log().expand(20_000, -1)
-    drawn = Sampling(seed=5).draw(scores_RV, torch.arange(20_000), torch.zeros(20_000, dtype=torch.long))
-    shares = drawn.bincount(minlength=4) / 20_000
+    scores_RNV = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(10_000, 2, -1)
+    drawn = Sampling(seed=5).draw(scores_RNV, torch.arange(10_000), torch.zeros(10_000, dtype=torch.long))
+    shares = drawn.flatten().bincount(minlength=4) / 20_000
     torch.testing.assert_close(shares, torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=0.012, rtol=0.0)  # 3.5 sigma
     numbers = torch.tensor([uniform(1, row, place) for row in range(100) for place in range(100)])
     assert abs(float(numbers.mean()) - 0.5) < 0.01
     assert abs(float(numbers[1:].sub(0.5) @ numbers[:-1].sub(0.5)) / 10_000) < 0.003
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_several_samples_are_chains_of_their_own(family: str) -> None:
+    """Each draw follows from the plain model's probabilities of what it has drawn before, and its own number."""
+    model, batch = make_translator(family), make_batch(rows=4)
+    start, forced = PREFIXES[family]
+    settings = BeamSettings(1, 1.0, max_length=10, num_hypotheses=3, sampling=Sampling(1.2, top_p=0.9, seed=3))
+    found = decode_rows_of(model, family, batch, settings, max_tokens=60, first_row=7)
+    for row, sample in itertools.product(range(4), range(3)):
+        source = {"input_ids": batch[0][row : row + 1], "attention_mask": batch[1][row : row + 1]}
+        tokens, log_p = [] if forced is None else [forced], 0.0
+        while len(tokens) < 10 and EOS not in tokens:
+            logits_1V = model(**source, decoder_input_ids=torch.tensor([[start, *tokens]])).logits[:, -1]
+            log_p_V = logits_1V[0].log_softmax(-1)
+            logits_1V[:, PAD] = -torch.inf
+            reached_V = Sampling(1.2, top_p=0.9).probabilities(logits_1V)[0].double().cumsum(0)
+            number = uniform(3, 7 + row, sample, len(tokens)) * float(reached_V[-1])
+            tokens.append(int((reached_V <= number).sum()))
+            log_p += float(log_p_V[tokens[-1]])
+        assert found[row][sample].token_ids == content(tokens, 0 if forced is None else 1)
+        assert found[row][sample].score == pytest.approx(log_p / len(tokens), rel=1e-4)
+    assert len({tuple(one.token_ids) for best in found.values() for one in best}) > 6
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_the_shortest_length_follows_from_the_own_source(beam_size: int) -> None:
+    model, batch = make_translator("m2m_100"), make_batch(rows=12)
+    model.lm_head.weight.data[EOS] *= 3.0
+    settings = BeamSettings(beam_size, 1.0, max_length=30, max_length_ratio=0.5)
+    free = decode_rows_of(model, "m2m_100", batch, settings, max_tokens=90)
+    constrained = replace(settings, constraints=Constraints(min_length=2, min_length_ratio=1.5))
+    found = decode_rows_of(model, "m2m_100", batch, constrained, max_tokens=90)
+    for row, size in enumerate(batch[1].sum(dim=1).tolist()):
+        shortest = min(
+            max(2, int(1.5 * size)), int(0.5 * size) + 10 - 1
+        )  # and at least one token less than the longest
+        assert len(found[row][0].token_ids) + 1 >= shortest  # and the forced tag
+    assert any(len(free[row][0].token_ids) < len(found[row][0].token_ids) for row in range(12))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -84,6 +84,8 @@ CONTRADICTIONS = [
     edit("metric twice", "every_steps: 50", "metrics: [bleu, bleu]", 17, "names a metric twice"),
     edit("decoding batch below one row", "every_steps: 50", "max_tokens_per_device: 99", 17, "raise it to 640"),
     edit("stopping unscored", "steps: 50}", "steps: 50}\nearly_stopping: {metric: ter}", 18, "ter is not scored"),
+    edit("p of a loss", "steps: 50}", "steps: 50}\nearly_stopping: {metric: nll, significance: 0.1}", 18, "nll has"),
+    edit("p beyond reach", "steps: 50}", "steps: 50}\nearly_stopping: {significance: 1e-4}", 18, "no p below 0.001"),
     edit("stopping never scored", "{every_steps: 50}", "null\nearly_stopping: {}", 18, "`evaluation` is null"),
     edit("stopping scored once", "{every_steps: 50}", "{}\nearly_stopping: {}", 18, "scored only at the end"),
     edit("adafactor under ZeRO", "lr: 3e-5", "lr: 3e-5, name: adafactor", 14, "set `deepspeed.preset` to zero0"),
@@ -96,7 +98,8 @@ ROWS = "data={train: [{path: train.jsonl}], validation: dev.jsonl%s}"
 CAUSAL = ("task=causal_lm", ROWS % "")
 CLASSES = ("task=classification", ROWS % "", "classification={labels: [no, yes]}")
 REGRESSION = ("task=classification", ROWS % "", "classification={problem: regression}")
-LORA, NF4 = "adapter={}", "model.quantization={}"
+PROMPTS = ("task=causal_lm", "data={format: pairs, train: [{path: train.tsv}], validation: dev.tsv}")
+LORA, NF4, INT8 = "adapter={}", "model.quantization={}", "evaluation.precision=int8"
 
 
 def of_task(name: str, task: tuple[str, ...], *more: str, says: str, key: str) -> Bad:
@@ -123,8 +126,28 @@ TASKS = [
             says="no meaning with task causal_lm"),
     of_task("beams of labels", CLASSES, "evaluation.beam_size=4", key="evaluation.beam_size",
             says="only with translation and causal_lm"),
-    of_task("pairs for a language model", CAUSAL, "data.format=pairs", key="data.format",
-            says="pairs does not fit task causal_lm: set it to text or prompt or messages"),
+    of_task("labels for a language model", CAUSAL, "data.format=labelled", key="data.format",
+            says="labelled does not fit task causal_lm: set it to text or prompt or messages or pairs"),
+    of_task("prompt of a translation model", (), "data.prompt_template='{source}'", key="data.prompt_template",
+            says="no meaning with `data.format` pairs (task translation)"),
+    of_task("examples of conversations", CAUSAL, "data.few_shot={path: x.tsv}", key="data.few_shot",
+            says="no meaning with `data.format` messages (task causal_lm)"),
+    of_task("prefix of a prompt", PROMPTS, "data.source_prefix='to German: '", key="data.source_prefix",
+            says="no meaning with `data.format` pairs (task causal_lm)"),
+    of_task("prompt without a source", PROMPTS, "data.prompt_template='Say it in {target_language}'",
+            key="data.prompt_template", says="has no {source}: write it where the text shall stand"),
+    of_task("name of no template", PROMPTS, "data.prompt_template='{source} {language}'", key="data.prompt_template",
+            says="{language} is no name of a template: use {source}, {source_language}, {target_language}, {examples}"),
+    of_task("lonely brace", PROMPTS, "data.prompt_template='{source'", key="data.prompt_template",
+            says="a brace that is text is written twice"),
+    of_task("width in a template", PROMPTS, "data.prompt_template='{source!r:>9}'", key="data.prompt_template",
+            says="is no name of a template"),
+    of_task("example without a translation", PROMPTS, "data.few_shot={path: x.tsv, template: '{source}'}",
+            key="data.few_shot.template", says="has no {target}"),
+    of_task("stop strings of a translation", (), "evaluation.stop_strings=[a]", key="evaluation.stop_strings",
+            says="only with causal_lm"),
+    of_task("stop at nothing", CAUSAL, "evaluation.stop_strings=['']", key="evaluation.stop_strings",
+            says="an empty text would end every answer"),
     of_task("two files of conversations", CAUSAL, "data.train=[{source: a, target: b}]", key="data.train.0",
             says="needs `path`, and only that: with `data.format` messages"),
     of_task("language of a conversation", CAUSAL, "data.train=[{path: a, source_language: en}]",
@@ -135,7 +158,7 @@ TASKS = [
     of_task("BLEU of labels", CLASSES, "evaluation.metrics=[bleu]", key="evaluation.metrics",
             says="bleu does not score labels: use accuracy, macro_f1, micro_f1, mcc, ece"),
     of_task("accuracy of a translation", (), "evaluation.metrics=[accuracy]", key="evaluation.metrics",
-            says="accuracy scores labels, and task translation has none: use bleu, chrf, ter"),
+            says="accuracy scores labels, and task translation has none: use bleu, chrf, chrf++, ter"),
     of_task("BLEU of plain text", CAUSAL, "data.format=text", "evaluation.metrics=[bleu]", key="evaluation.metrics",
             says="plain text has none"),
     of_task("RMSE of labels", CLASSES, "evaluation.metrics=[rmse]", key="evaluation.metrics",
@@ -159,6 +182,9 @@ TASKS = [
 MODELS = [
     of_task("4 bits without adapter", (), NF4, key="model.quantization", says="add the section `adapter`"),
     of_task("SVD of 4 bits", (), NF4, "adapter={method: pissa}", key="adapter.method", says="full precision"),
+    of_task("int8 of 4 bits", (), NF4, LORA, INT8, key="evaluation.precision", says="in 4 or 8 bits already"),
+    of_task("int8 of dora", (), "adapter={method: dora}", INT8, key="evaluation.precision", says="base's own weights"),
+    of_task("int8 of labels", CLASSES, INT8, key="evaluation.precision", says="no meaning with task classification"),
     of_task("FP4 of 8 bits", (), LORA, "model.quantization={bits: 8, type: fp4}", key="model.quantization.type",
             says="a choice of 4-bit weights"),
     of_task("float16 products on a CPU", (), LORA, "model.quantization={compute_dtype: float16}",
@@ -190,6 +216,50 @@ MODELS = [
             says="not a regular expression: nothing to repeat"),
     of_task("thawed at the end", (), "freeze={encoder: all, until_step: 100}", key="freeze.until_step",
             says="the end of the run (`schedule.steps` 100)"),
+]  # fmt: skip
+
+
+def of_search(name: str, *keys: str, key: str, says: str) -> Bad:
+    """``keys`` of `evaluation`; the message names ``key``."""
+    overrides = tuple(f"evaluation.{one}" for one in keys)
+    return Bad(name, overrides=overrides, place=f": evaluation.{key}: ", says=says)
+
+
+SEARCHES = [
+    of_search("more outputs than beams", "num_hypotheses=6", key="num_hypotheses",
+              says="6 outputs cannot be kept of 5: raise `evaluation.beam_size` to 6"),
+    of_search("more outputs than samples", "num_hypotheses=9", "minimum_risk={samples: 8}", key="num_hypotheses",
+              says="raise `evaluation.minimum_risk.samples` to 9"),
+    of_search("one sample", "minimum_risk={samples: 1}", key="minimum_risk.samples", says="must be greater than 1"),
+    of_search("another's stop rule", "preset=marian", "early_stopping=true", key="early_stopping",
+              says="is a rule of preset hf; marian has its own"),
+    of_search("stop rule of draws", "sampling={}", "early_stopping=never", key="early_stopping",
+              says="no meaning with `evaluation.sampling`, which draws outputs"),
+    of_search("groups of draws", "minimum_risk={}", "beam_groups=5", "diversity_penalty=0.5", key="beam_groups",
+              says="no meaning with `evaluation.minimum_risk`"),
+    of_search("groups of another toolkit", "preset=fairseq", "beam_groups=5", "diversity_penalty=1.0",
+              key="beam_groups", says="only known to preset hf, not to fairseq"),
+    of_search("groups of no size", "beam_groups=2", "diversity_penalty=1.0", key="beam_groups",
+              says="2 groups cannot share 5 beams"),
+    of_search("groups that are the same", "beam_groups=5", key="beam_groups",
+              says="set `evaluation.diversity_penalty`"),
+    of_search("penalty of one group", "diversity_penalty=1.0", key="diversity_penalty", says="set `beam_groups`"),
+    of_search("longer than the longest", "min_target_length=128", key="min_target_length",
+              says="must be less than the longest output, 128 tokens"),
+    of_search("ratios the wrong way round", "min_length_ratio=2.0", "max_length_ratio=1.5", key="min_length_ratio",
+              says="2 is more than `evaluation.max_length_ratio` (1.5)"),
+    of_search("forbidden nothing", "bad_words=[a, ' ']", key="bad_words", says="would forbid every output"),
+    of_search("too few tokens for the samples", "minimum_risk={samples: 32}", "max_tokens_per_device=4000",
+              key="max_tokens_per_device", says="32 outputs x `data.max_source_length` 128: raise it to 4096"),
+    of_search("no temperature", "sampling={temperature: 0}", key="sampling.temperature", says="greater than 0"),
+    of_task("phrases in draws", (), "data.constraints_column=c", "evaluation.sampling={}",
+            key="data.constraints_column", says="is for a beam search: remove `evaluation.sampling`"),
+    of_task("phrases without beams", (), "data.constraints_column=c", "evaluation.beam_size=1",
+            key="data.constraints_column", says="a `beam_size` of at least 2"),
+    of_task("phrases of conversations", CAUSAL, "data.constraints_column=c", key="data.constraints_column",
+            says="no meaning with `data.format` messages"),
+    of_task("draws of labels", CLASSES, "evaluation.sampling={}", key="evaluation.sampling",
+            says="only with translation and causal_lm"),
 ]  # fmt: skip
 
 OVERRIDES = [
@@ -263,7 +333,9 @@ def fails_cleanly(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return err
 
 
-@pytest.mark.parametrize("bad", [*ONE_KEY, *CONTRADICTIONS, *TASKS, *MODELS, *OVERRIDES], ids=lambda bad: bad.name)
+@pytest.mark.parametrize(
+    "bad", [*ONE_KEY, *CONTRADICTIONS, *TASKS, *MODELS, *SEARCHES, *OVERRIDES], ids=lambda bad: bad.name
+)
 def test_one_mistake_gives_one_message_with_its_place(
     bad: Bad, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -291,6 +363,10 @@ def test_one_mistake_gives_one_message_with_its_place(
         (*CLASSES, "freeze={layers: 0-3, until_step: 20}"),
         (LORA, "model.quantization={bits: 8}"),
         ("adapter={method: bottleneck, bottleneck_size: 32, dropout: 0.1}",),
+        ("evaluation.sampling={top_k: 10, top_p: 0.9}", "evaluation.num_hypotheses=8"),
+        ("evaluation.minimum_risk={utility: bleu}", "evaluation.sampling={temperature: 0.8}"),
+        ("evaluation={preset: marian, num_hypotheses: 12, bad_words: [foo], allow_unknown: false}",),
+        ("evaluation={beam_size: 6, beam_groups: 3, diversity_penalty: 0.5, min_length_ratio: 0.5}",),
         ("freeze=[{encoder: '0-3,5', embeddings: true}, {decoder: all, until_step: 20}]",),
     ],
 )

@@ -90,7 +90,7 @@ class TestCompleted:
 
         def ask(steps: int, *overrides: str) -> str | None:
             plan = plan_run(path, always, world_size=1)
-            stopping = {"metric": "bleu", "patience": 3}
+            stopping = {"metric": "bleu", "patience": 3, "significance": None}
             summary = {"steps": steps, "total_steps": 100, "early_stopping": stopping, "test": {"bleu": 12.5}}
             write_json(tmp_path / "enro" / "plan.json", plan.to_json())
             write_json(tmp_path / "enro" / "summary.json", summary)

@@ -201,7 +201,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "manifest is a list": (lambda d: (d / MANIFEST).write_text("[]"), "not a checkpoint manifest"),
     "manifest is null": (lambda d: (d / MANIFEST).write_text("null"), "not a checkpoint manifest"),
     "manifest without anything": (lambda d: (d / MANIFEST).write_text("{}"), "not a checkpoint manifest"),
-    "another format": (lambda d: edit_manifest(d, lambda m: m.update(format=2)), "its format is 2, not 3"),
+    "another format": (lambda d: edit_manifest(d, lambda m: m.update(format=2)), "its format is 2, not 4"),
     "state changed": (lambda d: edit_manifest(d, lambda m: m["state"].update(best_value=9.0)), "has been changed"),
     "sha256 left out": (lambda d: edit_manifest(d, lambda m: m.pop("sha256") and None), "not a checkpoint manifest"),
     "of another step": (lambda d: (d / MANIFEST).write_bytes(

@@ -37,6 +37,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    import harness.cluster.submission  # noqa: F401 - else it may be imported later, and keep the replacement
     from harness.launch import run_directory
 
     monkeypatch.setattr(run_directory, "owner", lambda run_dir: "pid 7 on here")
@@ -180,7 +181,8 @@ def test_compare_shows_differences_and_scores(tmp_path: Path, capsys: pytest.Cap
             for step, bleu in enumerate(scores, 1):
                 record = {"event": "evaluation", "set": "validation", "step": step, "bleu": bleu, "loss": -bleu}
                 file.write(json.dumps(record) + "\n")
-    summary = {"test": {"bleu": 12.25}, "tokens_per_second": 1234.5, "wall_time_s": 7200.0, "restarts": 1}
+    speed = {"tokens_per_second": 1234.5, "wall_time_s": 7200.0, "restarts": 1}
+    summary = {"exported_step": 2, "test": {"bleu": 12.25}, **speed}
     (tmp_path / "a" / "summary.json").write_text(json.dumps(summary))
     rows = {
         line.split("  ")[0]: line.split()[-2:]

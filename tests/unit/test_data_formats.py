@@ -100,6 +100,15 @@ def test_a_pair_of_texts_with_a_label(tmp_path: Path) -> None:
     assert row == Row(f"{path}:2", "It rains.", "yes", source_pair="It is wet.")
 
 
+def test_phrases_that_an_output_must_have_are_a_column_of_pairs(tmp_path: Path) -> None:
+    path, other = tmp_path / "x.tsv", tmp_path / "y.tsv"
+    path.write_text("source\ttarget\tc\na\tb\tb ||| x y\n")
+    other.write_text("source\ttarget\na\tb\n")
+    assert read(path, "pairs", constraints_column="c") == [Row(f"{path}:2", "a", "b", constraints="b ||| x y")]
+    assert read(path, "pairs") == [Row(f"{path}:2", "a", "b")]
+    assert read(other, "pairs", constraints_column="c") == [Row(f"{other}:2", "a", "b")]
+
+
 def test_a_missing_column_is_told_with_the_key_that_names_it(tmp_path: Path) -> None:
     path = tmp_path / "x.tsv"
     path.write_text("texts\tlabel\na\tb\n")

@@ -63,8 +63,8 @@ def test_event_files_hold_the_values_of_metrics_jsonl(tmp_path):
     records = open_records(tmp_path)
     train(records, 1, 7)
     records.step(8, step_values(8, update_to_weight_ratio=1e-3))
-    scores = {"sentences": 50, "decode_seconds": 1.5, "loss": 2.0, "nll": 1.5, "bleu": 31.25, "chrf": 55.5}
-    records.evaluation(8, "validation", scores, signatures={"bleu": "tok:13a", "chrf": "nc:6"})
+    scores = {"sentences": 50, "decode_seconds": 1.5, "loss": 2.0, "nll": 1.5, "bleu": 31.25, "chrf++": 55.5}
+    records.evaluation(8, "validation", scores, signatures={"bleu": "tok:13a", "chrf++": "nc:6"})
     records.checkpoint(8, path="checkpoints/step-00000008", bytes=4096, seconds=0.5, blocked_seconds=0.25)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines] == ["step"] * 8 + ["evaluation", "checkpoint"]
@@ -77,7 +77,7 @@ def test_event_files_hold_the_values_of_metrics_jsonl(tmp_path):
     for name, value in scores.items():
         assert points(tmp_path, f"validation/{name}") == {8: value}
         assert lines[8][name] == value
-    assert (lines[8]["set"], lines[8]["signature"]) == ("validation", {"bleu": "tok:13a", "chrf": "nc:6"})
+    assert (lines[8]["set"], lines[8]["signature"]) == ("validation", {"bleu": "tok:13a", "chrf++": "nc:6"})
     assert points(tmp_path, "checkpoint/bytes") == {8: 4096}
     assert lines[9]["blocked_seconds"] == 0.25
 

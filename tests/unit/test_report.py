@@ -1,6 +1,7 @@
 """The files of an evaluation, their commit, and what the page shows."""
 
 import json
+from dataclasses import asdict
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -10,21 +11,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.decoding.beam import BeamSettings
-from harness.errors import HarnessError
-from harness.evaluation.page import NUM_LISTED, NUM_WORST, length_groups, mark_differences
+from harness.decoding.constraints import Constraints
+from harness.errors import DataError, HarnessError
+from harness.evaluation.buckets import length_groups
+from harness.evaluation.changes import read_baseline
+from harness.evaluation.diffs import mark_differences
+from harness.evaluation.html import NUM_LISTED, NUM_WORST
+from harness.evaluation.outputs import Output
+from harness.evaluation.page import search_in_words
 from harness.evaluation.report import FILES, write_evaluation
 from harness.evaluation.scores import corpus_scores, one_line, sentence_chrf
+from harness.evaluation.sentences import Sentences
 
 SOURCES = ["<script>alert(1)</script>", "a & b", "Two\nlines", "Press \u2318 \x00 Save.", "Good morning."]
 REFERENCES = ["<b onload='x'>Skript</b>", "a und b", "Zwei\u2028Zeilen", "Speichern drücken.", "Guten Morgen."]
 HYPOTHESES = ["<script>alert(2)</script>", "a & b", "Zwei\r\nZeilen", "", "Guten Morgen."]
 
 
-def write(directory: Path, sources=SOURCES, references=REFERENCES, hypotheses=HYPOTHESES, loss=3.5) -> str:
-    scores = corpus_scores(hypotheses, references)
+def write(directory: Path, sources=SOURCES, references=REFERENCES, hypotheses=HYPOTHESES, loss=3.5, **more) -> str:
+    """`hypotheses` may be the n best of each row."""
+    outputs = [[Output(text, -0.5)] if isinstance(text, str) else text for text in hypotheses]
+    sentences = Sentences.of(sources, references, outputs, more.get("pairs", ()))
+    scores = corpus_scores(sentences.hypotheses, references, bootstrap_samples=more.get("bootstrap_samples", 0))
+    settings = BeamSettings(5, 0.8, 100, num_hypotheses=max(map(len, outputs)))
     write_evaluation(
-        directory, sources=sources, references=references, hypotheses=hypotheses, scores=scores,
-        settings=BeamSettings(5, 0.8, 100), decode_seconds=2.5, losses={"loss": loss, "nll": 1.25},
+        directory, sentences, scores, settings,
+        decode_seconds=2.5, losses={"loss": loss, "nll": 1.25}, baseline=more.get("baseline"),
     )  # fmt: skip
     return (directory / "report.html").read_text(encoding="utf-8")
 
@@ -55,7 +67,7 @@ class Page(HTMLParser):
 
 def test_text_files_hold_one_line_per_row(tmp_path):
     write(tmp_path / "set")
-    assert {path.name for path in (tmp_path / "set").iterdir()} == FILES
+    assert {path.name for path in (tmp_path / "set").iterdir()} == FILES - {"nbest.jsonl"}
     for name, texts in (("sources", SOURCES), ("references", REFERENCES), ("hypotheses", HYPOTHESES)):
         lines = (tmp_path / "set" / f"{name}.txt").read_bytes().decode().split("\n")
         assert lines == [*map(one_line, texts), ""]
@@ -78,8 +90,11 @@ def test_scores_json_has_values_signatures_and_conditions(tmp_path):
         "num_hypotheses": 1,
         "preset": "hf",
         "early_stopping": False,
+        "beam_groups": 1,
+        "diversity_penalty": 0.0,
         "constraints": None,
         "sampling": None,
+        "minimum_risk": None,
     }
     assert "length_penalty" in summary["hypothesis_score"]
 
@@ -102,7 +117,8 @@ def test_nothing_of_the_texts_becomes_markup(tmp_path):
 
 def test_the_page_loads_nothing_from_elsewhere(tmp_path):
     page = Page(write(tmp_path / "set"))
-    assert not any({"src", "href"} & set(attributes) for _, attributes in page.tags)
+    assert not any("src" in attributes or "srcset" in attributes for _, attributes in page.tags)
+    assert all(attributes.get("href", "#").startswith("#") for _, attributes in page.tags)
     assert any("default-src 'none'" in (attributes.get("content") or "") for _, attributes in page.tags)
 
 
@@ -111,13 +127,77 @@ def test_the_page_shows_scores_conditions_and_odd_outputs(tmp_path):
     scores = corpus_scores(HYPOTHESES, REFERENCES)
     for expected in (
         "step-00000010-validation", f"{scores.values['bleu']:.1f}", f"{scores.values['ter']:.1f}", "3.500",
-        scores.signatures["chrf"], "5 sentences. Beam search with 5 beams, length penalty 0.8, at most 100 tokens",
-        "(2.0 a second)", "(empty)", "lower is better",
+        scores.signatures["chrf"], "5 sentences, decoded in 2.5 s, 2.0 sentences a second",
+        "Beam search with 5 beams: preset hf, length penalty 0.8, at most 100 tokens.", "(empty)", "lower is better",
+        "Outputs that are equal to their reference: 2.",
     ):  # fmt: skip
         assert expected in page.text
-    odd = page.text[page.text.index("Outputs to know about") : page.text.index("worst sentences")].split()
-    shares = [odd[index - 1] for index, word in enumerate(odd) if word == "%"]
-    assert shares == ["40.0", "20.0", "20.0", "0.0"]  # equal to the reference (2 of 5), empty, copied, repeated
+    summary = json.loads((tmp_path / "step-00000010-validation" / "scores.json").read_text())
+    assert summary["findings"] == {
+        "empty": 1, "copy": 2, "wrong_language": 0, "too_short": 0, "too_long": 0, "at_limit": 0, "no_end": 0,
+        "repetition": 0, "same_output": 0,
+    }  # fmt: skip
+    assert "baseline" not in summary
+
+
+def test_other_settings_of_the_search_are_told(tmp_path):
+    constrained = BeamSettings(4, 0.6, 50, preset="gnmt", constraints=Constraints(no_repeat_ngram=3))
+    assert search_in_words({"beam": asdict(constrained), "precision": "int8"}) == (
+        "Beam search with 4 beams: preset gnmt, length penalty 0.6, at most 50 tokens, no repeat ngram 3, "
+        "weights in int8."
+    )
+    assert search_in_words({"beam": asdict(BeamSettings(2, 1.0, 50, early_stopping=True))}) == (
+        "Beam search with 2 beams: preset hf, length penalty 1, at most 50 tokens, early stopping True."
+    )
+
+
+def test_confidence_intervals_and_pairs_of_languages(tmp_path):
+    page = Page(write(tmp_path / "set", bootstrap_samples=50, pairs=[("en", "de")] * 3 + [("en", "fr")] * 2))
+    low, high = json.loads((tmp_path / "set" / "scores.json").read_text())["confidence"]["chrf"]
+    assert f"95 %: {low:.1f} to {high:.1f}" in page.text
+    assert "en-de" in page.text
+    assert "By language pair" in page.text
+    assert "By language pair" not in Page(write(tmp_path / "one")).text
+
+
+def test_the_n_best_of_a_row_are_folded_up_below_it(tmp_path):
+    outputs = [[Output(text, -0.25), Output(f"{text} <i>x</i>", -0.75)] for text in HYPOTHESES]
+    page = Page(write(tmp_path / "set", hypotheses=outputs))
+    second = sentence_chrf([outputs[4][1].text], [REFERENCES[4]])[0]
+    assert f"score -0.750 \u00b7 chrF2 {second:.1f}" in page.text
+    assert page.count("i") == 0
+    assert "best outputs" not in Page(write(tmp_path / "one")).text
+    lines = [json.loads(line) for line in (tmp_path / "set" / "nbest.jsonl").read_text().splitlines()]
+    assert lines[4] == {"row": 4, "outputs": [{"text": one.text, "score": one.score} for one in outputs[4]]}
+
+
+def test_the_page_compares_with_the_last_step_before(tmp_path):
+    for step, text in ((9, "x"), (10, "Gute Nacht."), (30, "y")):
+        write(tmp_path / f"step-{step:08d}-validation", hypotheses=[*HYPOTHESES[:4], text])
+    write(tmp_path / "step-00000015-test", hypotheses=["z"] * 5)
+    (tmp_path / "step-00000018-validation").mkdir()  # broken off
+    write(tmp_path / "step-00000019-validation", SOURCES[:2], REFERENCES[:2], ["x", "y"])  # other rows
+    new = ["Zwei", *HYPOTHESES[1:]]
+    page = Page(write(tmp_path / "step-00000020-validation", hypotheses=new))
+    found = json.loads((tmp_path / "step-00000020-validation" / "scores.json").read_text())["baseline"]
+    before = corpus_scores([*HYPOTHESES[:4], "Gute Nacht."], REFERENCES).values
+    assert {name: found[name] for name in ("name", "changed", "better", "worse")} == {
+        "name": "step-00000010-validation", "changed": 2, "better": 1, "worse": 1,
+    }  # fmt: skip
+    for name, score in corpus_scores(new, REFERENCES).values.items():
+        assert found["scores"][name]["score"] == pytest.approx(before[name])
+        assert found["scores"][name]["delta"] == pytest.approx(score - before[name])
+    losses, gains = page.text.split("Largest losses")[1].split("All sentences")[0].split("Largest gains")
+    assert "Line 1 " in losses
+    assert "Line 5 " in gains
+    assert "Gute Nacht" in gains.replace("\n", "")
+
+
+def test_a_baseline_of_other_rows_is_refused(tmp_path):
+    write(tmp_path / "old", SOURCES[:2], REFERENCES[:2], ["x", "y"])
+    with pytest.raises(DataError, match="references differ"):
+        read_baseline(tmp_path / "old", REFERENCES)
+    assert read_baseline(tmp_path / "old", REFERENCES[:2]).hypotheses == ["x", "y"]
 
 
 def test_the_worst_sentences_come_first_and_long_sets_are_cut(tmp_path):
@@ -129,7 +209,7 @@ def test_the_worst_sentences_come_first_and_long_sets_are_cut(tmp_path):
     chrf = sentence_chrf(hypotheses, references)
     found = [float(part.split("<")[0]) for part in worst.split("chrF2 ")[1:]]
     assert found == [pytest.approx(value, abs=0.051) for value in sorted(chrf)[:NUM_WORST]]
-    assert everything.count("<li>") == NUM_LISTED
+    assert everything.count("<li ") == NUM_LISTED
     assert f"the first {NUM_LISTED:,} of {num_rows:,}" in text
 
 

@@ -3,10 +3,21 @@
 import json
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
-from harness.evaluation.scores import HIGHER_IS_BETTER, METRICS, bleu_tokenizer, corpus_scores, one_line, sentence_chrf
+from harness.cli import evaluate as evaluate_command
+from harness.config.evaluation_schema import DecodedMetric
+from harness.evaluation.scores import (
+    HIGHER_IS_BETTER,
+    LABELS,
+    METRICS,
+    bleu_tokenizer,
+    corpus_scores,
+    one_line,
+    sentence_chrf,
+)
 
 REFERENCES = [
     "Öffnet das Dialogfeld »Formatvorlage« - und schließt es.",
@@ -36,13 +47,31 @@ def command_line(tmp_path, hypotheses, references, *arguments):
     return {one["name"]: one for one in (results if isinstance(results, list) else [results])}
 
 
-def test_equals_the_sacrebleu_command_line(tmp_path):
-    expected = command_line(tmp_path, HYPOTHESES, REFERENCES, "-m", "bleu", "chrf", "ter")
-    scores = corpus_scores(HYPOTHESES, REFERENCES)
-    for metric, name in (("bleu", "BLEU"), ("chrf", "chrF2"), ("ter", "TER")):
+@pytest.mark.parametrize(
+    ("metrics", "names", "arguments"),
+    [(("bleu", "chrf", "ter"), ("BLEU", "chrF2", "TER"), ()), (("chrf++",), ("chrF2++",), ("--chrf-word-order", "2"))],
+)  # fmt: skip
+def test_equals_the_sacrebleu_command_line(metrics, names, arguments, tmp_path):
+    command_names = [name.removesuffix("++") for name in metrics]
+    expected = command_line(tmp_path, HYPOTHESES, REFERENCES, "-m", *command_names, *arguments)
+    scores = corpus_scores(HYPOTHESES, REFERENCES, metrics)
+    for metric, name in zip(metrics, names, strict=True):
         assert round(scores.values[metric], 12) == expected[name]["score"]
         assert scores.signatures[metric] == expected[name]["signature"]
-    assert 0.0 < scores.values["bleu"] < 100.0
+        assert LABELS[metric] == name
+        assert 0.0 < scores.values[metric] < 100.0
+    with_intervals = command_line(
+        tmp_path, HYPOTHESES, REFERENCES, "-m", *command_names, *arguments, "--confidence", "--confidence-n", "400"
+    )
+    scores = corpus_scores(HYPOTHESES, REFERENCES, metrics, bootstrap_samples=400)
+    for metric, name in zip(metrics, names, strict=True):
+        mean, half_width = with_intervals[name]["confidence_mean"], with_intervals[name]["confidence_var"]
+        assert half_width > 1.0
+        assert scores.confidence[metric] == pytest.approx((mean - half_width, mean + half_width), abs=1e-5)
+
+
+def test_no_intervals_unless_asked_for():
+    assert corpus_scores(HYPOTHESES, REFERENCES).confidence == {}
 
 
 def test_chinese_equals_the_command_line_with_the_chinese_tokenizer(tmp_path):
@@ -104,3 +133,7 @@ def test_lists_that_cannot_be_scored(hypotheses, references):
 
 def test_every_metric_has_a_direction():
     assert set(METRICS) <= set(HIGHER_IS_BETTER)
+
+
+def test_the_command_line_and_the_run_file_know_the_same_metrics():
+    assert set(METRICS) == set(get_args(DecodedMetric)) == set(evaluate_command.METRICS)

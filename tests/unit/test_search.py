@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.decoding.diverse import DiverseBeamSearch
 from harness.decoding.presets import HF, PRESETS, Preset
 from harness.decoding.search import BeamSearch, best_continuations
 from tests.toy import END, LONGEST, VOCABULARY, Output, Toy, search
@@ -148,6 +149,36 @@ def test_ctranslate2(seed: int, beams: int, length_penalty: float, wanted: int) 
     rule = BeamSearch((END,), length_penalty, PRESETS["ctranslate2"], num_wanted=wanted)
     [found] = search(toy, beams, rule)
     assert_same(found[:wanted], sorted(finished, reverse=True)[:wanted])
+
+
+@given(seeds, st.integers(1, 3), st.integers(1, 3), penalties, st.sampled_from([0.0, 0.3, 2.0]))
+def test_diverse_groups(seed: int, groups: int, beams: int, length_penalty: float, penalty: float) -> None:
+    """Algorithm 1 of the paper, with Hamming diversity: in a step each group in its turn, with the stop rule of hf."""
+    toy = Toy(seed)
+    running: list[list[Output]] = [[(0.0, ())] for _ in range(groups)]
+    finished: list[list[Output]] = [[] for _ in range(groups)]
+    is_open = [True] * groups
+    for length in range(1, LONGEST + 1):
+        said = [0] * VOCABULARY
+        for group in (group for group in range(groups) if is_open[group]):
+            longer = toy.continuations(running[group], beams * VOCABULARY)
+            candidates = sorted(((total - penalty * said[one[-1]], one) for total, one in longer), reverse=True)
+            candidates = candidates[: 2 * beams]
+            ended = [one for one in candidates[:beams] if one[1][-1] == END or length == LONGEST]
+            scored = [(total / length**length_penalty, tokens) for total, tokens in ended]
+            finished[group] = sorted(finished[group] + scored, reverse=True)[:beams]
+            running[group] = [one for one in candidates if one[1][-1] != END][:beams]
+            for _, tokens in running[group]:
+                said[tokens[-1]] += 1
+            is_full = len(finished[group]) == beams
+            is_open[group] = not (is_full and running[group][0][0] / length**length_penalty <= finished[group][-1][0])
+    rule = DiverseBeamSearch((END,), length_penalty, groups=groups, diversity_penalty=penalty)
+    for found in search(toy, groups * beams, rule, num_sentences=2):
+        assert [score for score, _ in found] == sorted((score for score, _ in found), reverse=True)
+        expected = sorted((one for group in finished for one in group), reverse=True)
+        assert_same(sorted(found, reverse=True), expected)
+    if groups == 1:
+        assert_same(found, search(toy, beams, BeamSearch((END,), length_penalty))[0])
 
 
 @pytest.mark.parametrize(
