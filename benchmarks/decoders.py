@@ -16,6 +16,7 @@ from typing import Any
 Decode = Callable[[Sequence[int]], dict[int, list[int]]]  # row numbers -> output tokens without tags
 BEAM, PENALTY, LONGEST, EOS, PAD = 5, 1.0, 128, 2, 1
 NUM_WARM_UP = 4
+SPECIAL = {0: "<s>", 1: "<pad>", 2: "</s>", 3: "<unk>"}  # tokens of CTranslate2 that are not their number
 
 
 def ours(directory: Path, job: dict[str, Any], precision: str = "model", preset: str = "hf") -> Decode:
@@ -59,19 +60,22 @@ def generate(directory: Path, job: dict[str, Any], is_sorted: bool) -> Decode:
 def ctranslate2(directory: Path, job: dict[str, Any], compute_type: str) -> Decode:
     import ctranslate2
 
+    numbers = {name: number for number, name in SPECIAL.items()}
     translator = ctranslate2.Translator(
         str(directory / "ctranslate2"), device="cpu", compute_type=compute_type, inter_threads=1, intra_threads=1
     )
 
     def run(rows: Sequence[int]) -> dict[int, list[int]]:
-        sources = [[str(token) for token in job["sources"][row]] for row in rows]
+        sources = [[SPECIAL.get(token, str(token)) for token in job["sources"][row]] for row in rows]
         start = [[str(job["start"])]] * len(rows)
         results = translator.translate_batch(
             sources, target_prefix=start, beam_size=BEAM, length_penalty=PENALTY, max_decoding_length=LONGEST,
             max_batch_size=job["max_tokens"] // BEAM, batch_type="tokens", max_input_length=0,
         )  # fmt: skip
-        outputs = ([int(token) for token in result.hypotheses[0]] for result in results)
-        return {row: tokens[1:] for row, tokens in zip(rows, outputs, strict=True)}
+        return {
+            row: [numbers[token] if token in numbers else int(token) for token in result.hypotheses[0]]
+            for row, result in zip(rows, results, strict=True)
+        }
 
     return run
 

@@ -26,7 +26,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForSeq2SeqLM
 
-from benchmarks.decoders import CONTENDERS
+from benchmarks.decoders import CONTENDERS, SPECIAL
 from benchmarks.record import write_result
 from harness.config.schema import DataConfig, LossConfig
 from harness.data.rows import Row
@@ -95,9 +95,9 @@ def convert(model: Any, directory: Path) -> None:
     model.config.normalize_before = model.config.normalize_embedding = True
     loader = MBartLoader()
     spec = loader.get_model_spec(model)
-    named = {0: "<s>", 1: "<pad>", 2: "</s>", 3: "<unk>"}
-    loader.set_vocabulary(spec, [named.get(token, str(token)) for token in range(model.config.vocab_size)])
-    spec.config.bos_token, spec.config.eos_token, spec.config.unk_token = "<s>", "</s>", "<unk>"
+    loader.set_vocabulary(spec, [SPECIAL.get(token, str(token)) for token in range(model.config.vocab_size)])
+    spec.config.bos_token, spec.config.eos_token, spec.config.unk_token = SPECIAL[0], SPECIAL[2], SPECIAL[3]
+    spec.config.decoder_start_token = None  # the language of each row
     spec.validate()
     spec.optimize()
     directory.mkdir()

@@ -8,7 +8,7 @@ Shapes: Q sentences with phrases, N running outputs of each, K candidates, V voc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
@@ -31,6 +31,15 @@ class Candidate(NamedTuple):
     bank: int
     is_complete: bool
     is_over: bool
+
+
+class BoundSearch(NamedTuple):
+    """N running outputs of one sentence, the tokens that each `wants`, and whether their next one is the last."""
+
+    outputs: list[list[int]]
+    phrases: Sequence[Phrase]
+    wanted: list[set[int]]
+    is_last: bool
 
 
 NOBODY = Candidate(NEVER, 0, 0, 0, is_complete=False, is_over=True)
@@ -58,81 +67,68 @@ class ConstrainedBeamSearch(BeamSearch):
         return parents_RN
 
     def _advance_bound(self, beams: Beams, log_p_QNV: Tensor) -> Tensor:
-        rows = self._candidates(beams, log_p_QNV)
-        num_outputs, is_open = log_p_QNV.shape[1], beams.is_open.tolist()
-        num_best = beams.is_full_RN.sum(dim=1).tolist()
-        running = [dealt([one for one in row if not one.is_over], num_outputs) for row in rows]
-        finished = [
-            finishing(row, num_outputs, is_stuck=not going and not best) if still else []
-            for row, going, best, still in zip(rows, running, num_best, is_open, strict=True)
-        ]
-        padded = [
-            (go + [NOBODY] * num_outputs)[:num_outputs] + (done + [NOBODY] * num_outputs)[:num_outputs]
-            for go, done in zip(running, finished, strict=True)
-        ]
-        table = torch.tensor([[one[1:3] for one in row] for row in padded], device=log_p_QNV.device)
-        log_p_QK = log_p_QNV.new_tensor([[one.log_p for one in row] for row in padded])
-        is_over_QK = torch.tensor([[one.is_over for one in row] for row in padded], device=log_p_QNV.device)
-        parents_QK, tokens_QK = table.unbind(dim=2)
+        num_outputs, device = log_p_QNV.shape[1], log_p_QNV.device
+        has_found, is_open = beams.is_full_RN.any(dim=1).tolist(), beams.is_open.tolist()
+        rows = []
+        for place, candidates in enumerate(self._candidates(beams, log_p_QNV)):
+            running = dealt([one for one in candidates if not one.is_over], num_outputs)
+            is_stuck = not running and not has_found[place]
+            finished = finishing(candidates, num_outputs, is_stuck=is_stuck) if is_open[place] else []
+            rows.append([*_filled(running, num_outputs), *_filled(finished, num_outputs)])
+
+        log_p_QK = torch.tensor([[one.log_p for one in row] for row in rows], device=device)
+        is_over_QK = torch.tensor([[one.is_over for one in row] for row in rows], device=device)
+        parents_QK = torch.tensor([[one.parent for one in row] for row in rows], device=device)
+        tokens_QK = torch.tensor([[one.token for one in row] for row in rows], device=device)
         candidates_QKL, length_Q = extended(beams, parents_QK, tokens_QK), beams.length_R + 1
         score_QK = self.score(log_p_QK, length_Q.unsqueeze(1), self.is_end(tokens_QK))
-        is_new_QK = is_over_QK & (log_p_QK > NEVER / 2)
-        self._finish(beams, score_QK, is_new_QK, candidates_QKL, length_Q)
-        chosen_QN = torch.arange(num_outputs, device=length_Q.device).expand(len(rows), -1)
+        self._finish(beams, score_QK, is_over_QK & (log_p_QK > NEVER), candidates_QKL, length_Q)
+        chosen_QN = torch.arange(num_outputs, device=device).expand(len(rows), -1)
         parents_QN = self._go_on(beams, log_p_QK[:, :num_outputs], candidates_QKL, parents_QK, chosen_QN)
         self._stop(beams, is_over_QK)
         return parents_QN
 
     def _candidates(self, beams: Beams, log_p_QNV: Tensor) -> list[list[Candidate]]:
-        """Of each search the likeliest continuations of all, those of each output, and those that a phrase wants."""
-        lengths, limits = beams.length_R.tolist(), beams.limit_R.tolist()
-        outputs = [
-            [tokens[:length] for tokens in row] for row, length in zip(beams.tokens_RNL.tolist(), lengths, strict=True)
-        ]
-        phrases = [self.phrases[row] for row in beams.rows_R.tolist()]
-        wanted = [[wants(tokens, mine) for tokens in row] for row, mine in zip(outputs, phrases, strict=True)]
-        is_last = [length + 1 >= limit for length, limit in zip(lengths, limits, strict=True)]
-        goes_on = [[bool(more) and not last for more in row] for row, last in zip(wanted, is_last, strict=True)]
+        """Of each search, likeliest first: the best continuations of all outputs, the best of each, and those that a
+        missing phrase wants."""
+        searches, num_outputs = self._searches(beams), log_p_QNV.shape[1]
+        goes_on = [[bool(more) and not one.is_last for more in one.wanted] for one in searches]
         log_p_QNV = log_p_QNV.clone()
         log_p_QNV[:, :, list(self.ends)] += NEVER * torch.tensor(goes_on, device=log_p_QNV.device).unsqueeze(2)
-        _, parents_QK, tokens_QK = best_continuations(log_p_QNV, beams.log_p_RN, 2 * log_p_QNV.shape[1])
-        likeliest = log_p_QNV.argmax(dim=2).tolist()
-        places = [
-            dict.fromkeys([
-                *zip(parents, tokens, strict=True),
-                *enumerate(best),
-                *((parent, token) for parent, more in enumerate(row) for token in more),
-            ])
-            for parents, tokens, best, row in zip(
-                parents_QK.tolist(), tokens_QK.tolist(), likeliest, wanted, strict=True
-            )
-        ]  # fmt: skip
-        index = torch.tensor([(row, *place) for row, found in enumerate(places) for place in found]).T
-        row_I, parent_I, token_I = index.to(log_p_QNV.device)
+        _, parents_QK, tokens_QK = best_continuations(log_p_QNV, beams.log_p_RN, 2 * num_outputs)
+        likeliest_QN, places = log_p_QNV.argmax(dim=2).tolist(), []
+        for row, (parents, tokens) in enumerate(zip(parents_QK.tolist(), tokens_QK.tolist(), strict=True)):
+            found = [*zip(parents, tokens, strict=True), *enumerate(likeliest_QN[row])]
+            found += [(parent, token) for parent, more in enumerate(searches[row].wanted) for token in more]
+            places += [(row, parent, token) for parent, token in dict.fromkeys(found)]
+        row_I, parent_I, token_I = torch.tensor(places, device=log_p_QNV.device).unbind(dim=1)
         total_I = log_p_QNV[row_I, parent_I, token_I] + beams.log_p_RN[row_I, parent_I]
-        totals = iter(total_I.tolist())
-        return [
-            self._ranked(((next(totals), *place) for place in found), tokens, mine, last)
-            for found, tokens, mine, last in zip(places, outputs, phrases, is_last, strict=True)
-        ]
+        candidates: list[list[Candidate]] = [[] for _ in searches]
+        for total, (row, parent, token) in zip(total_I.tolist(), places, strict=True):
+            if total > NEVER / 2:
+                candidates[row].append(self._candidate(searches[row], total, parent, token))
+        return [sorted(row, key=lambda one: -one.log_p) for row in candidates]
 
-    def _ranked(
-        self,
-        places: Iterable[tuple[float, int, int]],
-        outputs: Sequence[list[int]],
-        phrases: Sequence[Phrase],
-        is_last: bool,
-    ) -> list[Candidate]:
-        """The candidates of one search that can be, likeliest first."""
-        found = []
-        for log_p, parent, token in places:
-            if log_p > NEVER / 2:
-                tokens = [*outputs[parent], token]
-                is_complete = not wants(tokens, phrases)
-                has_stopped = self.stops is not None and self.stops.has_stopped(tokens)
-                is_over = is_last or has_stopped or token in self.ends
-                found.append(Candidate(log_p, parent, token, num_met(tokens, phrases), is_complete, is_over))
-        return sorted(found, key=lambda one: -one.log_p)
+    def _searches(self, beams: Beams) -> list[BoundSearch]:
+        """What is known of each sentence, on the host."""
+        columns = (beams.rows_R, beams.tokens_RNL, beams.length_R, beams.limit_R)
+        searches = []
+        for row, outputs, length, limit in zip(*(column.tolist() for column in columns), strict=True):
+            cut, phrases = [tokens[:length] for tokens in outputs], self.phrases[row]
+            searches.append(BoundSearch(cut, phrases, [wants(one, phrases) for one in cut], length + 1 >= limit))
+        return searches
+
+    def _candidate(self, search: BoundSearch, log_p: float, parent: int, token: int) -> Candidate:
+        tokens = [*search.outputs[parent], token]
+        has_stopped = self.stops is not None and self.stops.has_stopped(tokens)
+        is_over = search.is_last or has_stopped or token in self.ends
+        bank, is_complete = num_met(tokens, search.phrases), not wants(tokens, search.phrases)
+        return Candidate(log_p, parent, token, bank, is_complete, is_over)
+
+
+def _filled(candidates: list[Candidate], num: int) -> list[Candidate]:
+    """Exactly `num`."""
+    return [*candidates[:num], *[NOBODY] * (num - len(candidates))]
 
 
 def dealt(candidates: Sequence[Candidate], num: int) -> list[Candidate]:

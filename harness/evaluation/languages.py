@@ -91,12 +91,18 @@ def _script(letter: str) -> str:
     return unicodedata.name(letter, "?").split()[0]
 
 
+@cache
+def _is_letter(character: str) -> bool:
+    """Or a mark on one, as the vowels of many scripts are."""
+    return unicodedata.category(character)[0] in "LM"
+
+
 def _overlap(ours: Counter[str], theirs: Counter[str]) -> float:
     return sum(min(share, theirs[script]) for script, share in ours.items())
 
 
 def _letters(text: str) -> str:
-    return "".join(letter if letter.isalpha() else " " for letter in text.lower())
+    return "".join(letter if _is_letter(letter) else " " for letter in text.lower())
 
 
 def _sum(parts: Sequence[Counter[str]]) -> Counter[str]:

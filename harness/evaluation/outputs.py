@@ -40,7 +40,8 @@ def outputs_of(
 def phrases_of(constraints: Sequence[str | None], task: DecodingTask) -> dict[int, list[list[int]]]:
     """Token ids of the phrases that outputs must have, by place; rows without any are left out."""
     texts = [[part.strip() for part in (text or "").split(PARTING.strip()) if part.strip()] for text in constraints]
-    return {place: task.pieces(phrases) for place, phrases in enumerate(texts) if phrases}
+    pieces = {place: task.pieces(phrases) for place, phrases in enumerate(texts) if phrases}
+    return {place: filled for place, ids in pieces.items() if (filled := [one for one in ids if one])}
 
 
 def decode_rows(

@@ -1,4 +1,4 @@
-"""report.html of decoded rows. All text of rows and outputs is escaped; every number is one of scores.json."""
+"""report.html of decoded rows. All text of rows and outputs is escaped; the scores are those of scores.json."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Partial:
         if self.processes.is_first:
             for other in self.directory.parent.glob(".*.partial"):
                 if other != self.directory:
-                    shutil.rmtree(other)
+                    shutil.rmtree(other, ignore_errors=True)
             for file in self.directory.glob("after-*.json"):
                 content = read_json(file)
                 if content["key"] == self.key:

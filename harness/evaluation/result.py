@@ -14,7 +14,7 @@ from harness.evaluation.significance import WrittenEvaluation
 
 
 class EvaluationInterrupted(Exception):
-    """A stop was agreed on meanwhile; nothing of this evaluation is kept."""
+    """A stop was agreed on meanwhile; rows that are decoded are kept for the next start (`partial.py`)."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,6 @@ from harness.evaluation.sentences import Sentences
 LEGEND = (
     "<mark>Marked</mark>: in the output but not there in the reference; <u>underlined</u>: missing from the output."
 )
-
-
 _EMPTY = "<em>(empty)</em>"
 
 

@@ -161,11 +161,11 @@ def is_decoder(directory: Path) -> bool:
 
 
 def as_dtype(model: Any, dtype: torch.dtype) -> Any:
-    """`model` in place with everything in `dtype` that is not stored in 4 or 8 bits."""
-    for module in model.modules():
-        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-            if tensor.is_floating_point() and type(tensor).__name__ not in PACKED:
-                tensor.data = tensor.data.to(dtype)
+    """`model` in place with every weight in `dtype` that is not stored in 4 or 8 bits; buffers, such as the frequencies
+    of rotary positions, stay as they were loaded. DeepSpeed does the same to what it trains."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and type(parameter).__name__ not in PACKED:
+            parameter.data = parameter.data.to(dtype)
     return model
 
 

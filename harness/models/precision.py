@@ -37,14 +37,14 @@ class Int8Linear(nn.Module):
         zeros_O = torch.zeros(len(weight_OI), dtype=torch.int64)
         rounded_OI = torch.quantize_per_channel(weight_OI, scale_O, zeros_O, 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(rounded_OI, None)
-        self.bias_O = None if bias_O is None else bias_O.detach().float()
+        self.bias_O = torch.zeros(len(weight_OI)) if bias_O is None else bias_O.detach().float()
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.float()
-        largest = rows.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST)
-        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        output: Tensor = product(rows / largest, 1.0 / LEVELS, LEVELS + 1, self.packed) * largest
-        return (output if self.bias_O is None else output + self.bias_O).to(x.dtype)
+        largest = rows.abs().amax(dim=-1, keepdim=True).clamp_(min=SMALLEST)
+        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+        output = torch.addcmul(self.bias_O, product(rows / largest, 1.0 / LEVELS, LEVELS + 1, self.packed), largest)
+        return output.to(x.dtype)
 
 
 def in_precision(model: Any, precision: Precision, *, is_whole: bool = True) -> Any:
@@ -63,6 +63,8 @@ def in_precision(model: Any, precision: Precision, *, is_whole: bool = True) -> 
         return _twin(model, {id(tensor): _in_bfloat16(name, tensor) for name, tensor in _tensors(model)})
     if next(model.parameters()).device.type != "cpu":
         raise ConfigError("int8 is for CPUs", where=KEY, hint="set it to bfloat16")
+    if any(type(parameter).__name__ in PACKED for parameter in model.parameters()):
+        raise ConfigError("the weights are in 4 or 8 bits already", where=KEY, hint="set it to model")
     twin = _twin(model, {id(tensor): tensor for _, tensor in _tensors(model)})
     _convert_linear_layers(twin)
     return twin
@@ -73,8 +75,13 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _twin(model: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
-    """A copy of the modules with other weights and buffers, named by the `id` of those in whose place they are."""
-    return copy.deepcopy(model, dict(tensors))
+    """A copy of the modules with other weights and buffers, named by the `id` of those in whose place they are.
+
+    What bitsandbytes keeps beside packed weights is shared: the first forward pass of a layer moves it from one place
+    to another.
+    """
+    states = [vars(module).get(name) for module in model.modules() for name in ("state", "quant_state")]
+    return copy.deepcopy(model, {**tensors, **{id(state): state for state in states if state is not None}})
 
 
 def _in_bfloat16(name: str, tensor: Tensor) -> Tensor:

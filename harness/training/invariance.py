@@ -28,6 +28,7 @@ from harness.training.offline import Member, Subject, languages_named_as_options
 from harness.training.prepare import build_task
 
 OPTION = "--invariance"
+NUM_SHOWN = 10  # changes that are printed
 Found = dict[int, Hypothesis]
 
 
@@ -165,11 +166,13 @@ def _described(change: Change, sentences: Sentences) -> dict[str, Any]:
 
 
 def table(figures: Sequence[dict[str, Any]], changes: Sequence[dict[str, Any]]) -> str:
-    """Each way with the rows that changed, and both outputs of each of these."""
+    """Each way with the number of rows that changed, then both outputs of some, dependences first."""
     lines = [f"{'decoded':<32}{'seconds':>9}{'changed':>9}{'ties':>6}"]
     lines += [f"{one['way']:<32}{one['seconds']:>9.1f}{one['changed']:>9}{one['ties']:>6}" for one in figures]
-    for change in changes:
+    for change in sorted(changes, key=lambda change: str(change["kind"]))[:NUM_SHOWN]:
         lines.append(f"row {change['row']}, {change['way']}: {change['kind']}")
         scored = zip(change["scores"], change["outputs"], strict=True)
         lines += [f"  {score:.6f}  {text}" for score, text in scored]
+    if len(changes) > NUM_SHOWN:
+        lines.append(f"and {len(changes) - NUM_SHOWN} more")
     return "\n".join(lines)

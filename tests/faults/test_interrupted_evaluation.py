@@ -25,7 +25,8 @@ def run_file(directory: Path, model: Path, *, name: str) -> str:
         data__validation=str(write_pairs(directory / "held-out.tsv", PAIRS[:NUM_ROWS])),
         schedule__steps=NUM_STEPS, schedule__warmup_steps=1, launch__processes=2,
         evaluation={
-            "initial": False, "beam_size": 2, "max_target_length": 40, "metrics": ["chrf"], "max_tokens_per_device": 120,
+            "initial": False, "beam_size": 2, "max_target_length": 40, "max_tokens_per_device": 120,
+            "metrics": ["chrf"],
         },
     )  # fmt: skip
     return str(write_run(run))

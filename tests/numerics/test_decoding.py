@@ -278,3 +278,43 @@ def test_a_sample_depends_on_its_row_and_seed_alone(family: str) -> None:
     other = BeamSettings(1, 0.0, max_length=12, sampling=Sampling(1.5, seed=4))
     changed = decode_rows_of(model, family, batch, other, max_tokens=10**6)
     assert [changed[row][0].token_ids for row in range(9)] != [found[row][0].token_ids for row in range(9)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_groups_without_a_penalty_are_one_search_each(family: str) -> None:
+    model, batch = make_translator(family), make_batch(rows=5)
+    settings = BeamSettings(2, 1.0, max_length=14, num_hypotheses=2)
+    alone = decode_rows_of(model, family, batch, settings, max_tokens=10**6)
+    three = replace(settings, beam_size=6, beam_groups=3, num_hypotheses=6)
+    same = decode_rows_of(model, family, batch, three, max_tokens=200)
+    other = decode_rows_of(model, family, batch, replace(three, diversity_penalty=2.0), max_tokens=200)
+    for row in range(5):
+        assert [one.token_ids for one in same[row][::3]] == [one.token_ids for one in alone[row]]
+        assert [one.score for one in same[row][::3]] == pytest.approx([one.score for one in alone[row]], rel=1e-5)
+    assert all(len({tuple(one.token_ids) for one in same[row]}) == 2 for row in range(5))
+    assert all(len({tuple(one.token_ids) for one in other[row]}) > 3 for row in range(5))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_phrases_are_met_and_scores_are_those_of_the_outputs(family: str) -> None:
+    model, batch = make_translator(family), make_batch(rows=6)
+    start, forced = PREFIXES[family]
+    settings = BeamSettings(5, 1.0, max_length=16, num_hypotheses=3)
+    phrases = {1: [[5, 6, 7]], 4: [[9], [22, 23]]}
+    free = decode_rows_of(model, family, batch, settings, max_tokens=150)
+    found = decode_rows_of(model, family, batch, settings, max_tokens=150, phrases=phrases)
+    for row in (0, 2, 3, 5):
+        assert [one.token_ids for one in found[row]] == [one.token_ids for one in free[row]]
+        assert [one.score for one in found[row]] == pytest.approx([one.score for one in free[row]], rel=1e-5)
+    for row, wanted in phrases.items():
+        source = {"input_ids": batch[0][row : row + 1], "attention_mask": batch[1][row : row + 1]}
+        assert [one.score for one in found[row]] == sorted((one.score for one in found[row]), reverse=True)
+        for output, score, *_ in found[row]:
+            assert all(f" {' '.join(map(str, one))} " in f" {' '.join(map(str, output))} " for one in wanted)
+            tokens = [*([] if forced is None else [forced]), *output, EOS][:16]
+            decoder = torch.tensor([[start, *tokens[:-1]]])
+            log_p_TV = model(**source, decoder_input_ids=decoder).logits[0].log_softmax(-1)
+            own_T = log_p_TV.gather(1, torch.tensor(tokens).unsqueeze(1))[:, 0]
+            total = float(own_T[forced is not None :].sum())
+            assert score == pytest.approx(total / len(tokens), rel=1e-4)

@@ -46,8 +46,8 @@ def runs(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     model = talkative(tiny_models["mbart"], directory / "model")
     held_out = str(write_pairs(directory / "held-out.tsv", PAIRS[:9]))
     shared = {
-        "data__validation": held_out, "batch__max_tokens_per_device": 60, "schedule__steps": NUM_STEPS, "schedule__warmup_steps": 2,
-        "evaluation": EVALUATION, "checkpoint": {"every_steps": NUM_STEPS},
+        "data__validation": held_out, "batch__max_tokens_per_device": 60, "schedule__steps": NUM_STEPS,
+        "schedule__warmup_steps": 2, "evaluation": EVALUATION, "checkpoint": {"every_steps": NUM_STEPS},
     }  # fmt: skip
     made = [tiny_run(directory, model, name=name, **{**shared, **own}) for name, own in RUNS.items()]
     run_ranks(made, world_size=2, worker=WORKER, timeout_s=500)

@@ -12,7 +12,7 @@ import pytest
 from transformers import MBartForConditionalGeneration
 
 from harness.config.schema import RunConfig
-from harness.data.cache import load_rows, prepare_rows
+from harness.data.cache import prepare_rows
 from harness.data.encoded import EncodedRows
 from harness.data.sources import as_source
 from harness.decoding.beam import BeamSettings
@@ -119,10 +119,11 @@ def test_the_rest_is_decoded_and_nothing_twice(decoding: Decoding, before: int, 
 def test_rows_are_written_meanwhile_too(decoding: Decoding, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partial_module, "WRITE_EVERY_S", 0.0)
     monkeypatch.setattr(Partial, "remove", lambda partial: None)
-    decoding.start(2)
+    found = decoding.start(2)
     written = sorted(path.name for path in decoding.partial.iterdir())
     assert written == ["after-0-rank-0.json", "after-0-rank-1.json"]
-    assert 0 < len(decoding.done) < NUM_ROWS
+    assert decoding.done
+    assert all([Output(*one) for one in outputs] == found[row] for row, outputs in decoding.done.items())
 
 
 def test_rows_of_another_evaluation_do_not_count(decoding: Decoding) -> None:

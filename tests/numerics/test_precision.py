@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from harness.config.schema import AdapterConfig, ModelConfig, QuantizationConfig
 from harness.data.rows import Row
 from harness.errors import ConfigError
 from harness.evaluation.scores import corpus_scores
 from harness.evaluation.translate import Translator
-from harness.models.adapters import METHODS
-from harness.models.load import reload_model
+from harness.models.adapters import METHODS, add_adapter
+from harness.models.load import load_model, reload_model
 from harness.models.precision import Int8Linear, in_precision
 from harness.training.offline import open_subject, open_translator
 from tests.numerics.test_adapters import inputs_of, load, logits_of, trained_adapter
@@ -109,6 +110,17 @@ def test_adapters(family: str, method: str, directories: dict[str, Path]) -> Non
     assert trained
     assert all(ours[name] is model.get_parameter(name) for name in trained)
     assert all(torch.equal(p, adapted[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_base_in_4_or_8_bits(bits: Any, tmp_path: Path) -> None:
+    directory = make_tiny_llm(tmp_path / "llama", hidden_size=64, intermediate_size=128, head_dim=32)
+    config = ModelConfig(path=str(directory), quantization=QuantizationConfig(bits=bits), dtype="float32")
+    base = load_model(config, 1, task="causal_lm", frozen=True)
+    model = add_adapter(base, AdapterConfig(method="lora"), task="causal_lm", total_steps=1, seed=1).eval()
+    assert distance(logits_of(in_precision(model, "bfloat16"), "llama"), logits_of(model, "llama")) < 0.05
+    with pytest.raises(ConfigError, match="in 4 or 8 bits already"):
+        in_precision(model, "int8")
 
 
 def test_a_rank_needs_all_weights() -> None:

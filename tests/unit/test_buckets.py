@@ -6,6 +6,7 @@ import pytest
 
 from harness.decoding.beam import BeamSettings
 from harness.evaluation.buckets import MIN_GROUP_SENTENCES, NUM_LENGTH_GROUPS, by_language, by_length
+from harness.evaluation.outputs import Output
 from harness.evaluation.report import write_evaluation
 from harness.evaluation.scores import corpus_scores
 from harness.evaluation.sentences import Sentences
@@ -45,7 +46,7 @@ def test_each_pair_of_languages_has_its_own_tokeniser():
 
 
 def test_scores_json_has_groups_and_intervals_and_nbest_has_a_line_for_each_row(tmp_path):
-    outputs = [[(text, -0.5), (text + " zwei", -1.5)] for text in HYPOTHESES]
+    outputs = [[Output(text, -0.5), Output(text + " zwei", -1.5)] for text in HYPOTHESES]
     scores = corpus_scores(HYPOTHESES, REFERENCES, METRICS, bootstrap_samples=50, target_language="de_DE")
     sentences = Sentences.of(SOURCES, REFERENCES, outputs, [("en_XX", "de_DE")] * 20 + [("fr_XX", "de_DE")] * 20)
     settings = BeamSettings(5, 1.0, 100, num_hypotheses=2)
@@ -59,4 +60,4 @@ def test_scores_json_has_groups_and_intervals_and_nbest_has_a_line_for_each_row(
         assert low < summary[name] < high
     lines = [json.loads(line) for line in (tmp_path / "set" / "nbest.jsonl").read_text().splitlines()]
     assert [line["row"] for line in lines] == list(range(40))
-    assert [[(one["text"], one["score"]) for one in line["outputs"]] for line in lines] == outputs
+    assert [[Output(one["text"], one["score"]) for one in line["outputs"]] for line in lines] == outputs

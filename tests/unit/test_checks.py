@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness.evaluation.checks import find_suspects, repeats, similarity
-from harness.evaluation.languages import Languages, script_shares
+from harness.evaluation.languages import Languages, script_shares, trigrams
 from harness.evaluation.outputs import Output
 from harness.evaluation.sentences import Sentences
 
@@ -136,6 +136,11 @@ def test_each_pair_of_languages_is_judged_by_its_own_rows(real):
     outputs = references[1:half] + references[:1] + references[half + 1 :] + references[half : half + 1]
     assert len(found(sources, references, outputs, pairs)["wrong_language"]) < 0.02 * NUM_ROWS
     assert len(found(sources, references, outputs[half:] + outputs[:half], pairs)["wrong_language"]) > 0.95 * NUM_ROWS
+
+
+def test_trigrams_are_those_of_words():
+    assert trigrams("Ab c, 12") == {" ab": 1, "ab ": 1, " c ": 1}
+    assert " \u0915\u093f" in trigrams("\u0915\u093f\u0924\u093e\u092c")  # Hindi: a vowel sign parts no word
 
 
 def test_sides_of_one_language_are_not_told_apart(real):

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from harness.config.schema import ModelConfig
 from harness.errors import ConfigError, DataError
-from harness.models.load import load_model, load_tokenizer, model_directory
+from harness.models.load import as_dtype, load_model, load_tokenizer, model_directory
+from tests.tiny_llm import make_tiny_llm
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -111,3 +112,14 @@ def test_sinusoidal_positions_have_the_compute_type(dtype: str, tiny_models: dic
     positions = [buffer for name, buffer in model.named_buffers() if "embed_positions" in name]
     assert len(positions) == 2
     assert {buffer.dtype for buffer in positions} == {getattr(torch, dtype)}
+
+
+def test_rotary_positions_stay_exact_in_bfloat16(tmp_path: Path) -> None:
+    """Rounded to 8 bits, their frequencies would turn far positions by radians; training keeps them too."""
+    directory = make_tiny_llm(tmp_path / "llama")
+    model = load_model(ModelConfig(path=str(directory)), seed=1, task="causal_lm")
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    as_dtype(model, torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert any("inv_freq" in name for name in before)
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())

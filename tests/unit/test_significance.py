@@ -10,6 +10,7 @@ from sacrebleu.significance import PairedTest
 from harness.cli.main import main
 from harness.decoding.beam import BeamSettings
 from harness.errors import DataError
+from harness.evaluation.outputs import Output
 from harness.evaluation.report import write_evaluation
 from harness.evaluation.scores import METRICS, corpus_scores, sentence_statistics
 from harness.evaluation.sentences import Sentences
@@ -29,7 +30,7 @@ GOOD, BAD, AS_BAD = worse(REFERENCES, 0.1, 1), worse(REFERENCES, 0.4, 2), worse(
 
 
 def write(directory: Path, hypotheses: list[str], references: list[str] = REFERENCES, **options) -> Path:
-    sentences = Sentences.of(SOURCES, references, [[(text, -1.0)] for text in hypotheses])
+    sentences = Sentences.of(SOURCES, references, [[Output(text, -1.0)] for text in hypotheses])
     scores = corpus_scores(hypotheses, references, **options)
     write_evaluation(directory, sentences, scores, BeamSettings(5, 1.0, 100), decode_seconds=1.0, losses={})
     return directory
