@@ -30,9 +30,9 @@ from benchmarks.decoders import CONTENDERS, SPECIAL
 from benchmarks.record import write_result
 from harness.config.schema import DataConfig, LossConfig
 from harness.data.rows import Row
-from harness.evaluation.scores import corpus_scores
 from harness.models.families import MBART
 from harness.models.load import load_tokenizer
+from harness.scoring.scores import corpus_scores
 from harness.tasks.translation import TranslationTask
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

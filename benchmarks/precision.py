@@ -16,7 +16,7 @@ import torch
 from benchmarks.record import write_result
 from examples.demo import BASE, ROOT, TEST
 from harness.data.rows import Row
-from harness.evaluation.scores import corpus_scores
+from harness.scoring.scores import corpus_scores
 from harness.training.offline import open_subject, open_translator
 
 NUM_WARM_UP = 8

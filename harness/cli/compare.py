@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from harness.cli.common import existing_run_directory
 
 if TYPE_CHECKING:
-    from harness.evaluation.significance import WrittenEvaluation
+    from harness.scoring.significance import WrittenEvaluation
 
 HELP = (
     "Show where the configurations of runs differ and their scores, side by side, and test their outputs for the same\n"
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _compare_evaluations(directories: Sequence[Path]) -> None:
-    from harness.evaluation.significance import WrittenEvaluation
+    from harness.scoring.significance import WrittenEvaluation
 
     baseline, *others = [WrittenEvaluation.read(directory) for directory in directories]
     print("\n\n".join(paired_test(baseline, other) for other in others))
@@ -66,7 +66,7 @@ def _compare_evaluations(directories: Sequence[Path]) -> None:
 def paired_tests(baseline_run: Path, run_dir: Path) -> Iterator[str]:
     """Of each set that both runs have scored, how the outputs compare, or why they cannot be compared."""
     from harness.errors import DataError
-    from harness.evaluation.significance import WrittenEvaluation
+    from harness.scoring.significance import WrittenEvaluation
 
     baselines, others = evaluations_of(baseline_run), evaluations_of(run_dir)
     for name in [name for name in baselines if name in others]:
@@ -93,8 +93,8 @@ def evaluations_of(run_dir: Path) -> dict[str, Path]:
 
 def paired_test(baseline: WrittenEvaluation, system: WrittenEvaluation) -> str:
     """A paired bootstrap of two sets of outputs, in words. Raises DataError when they are not for the same rows."""
-    from harness.evaluation.scores import LABELS
-    from harness.evaluation.significance import NUM_RESAMPLES, compare_written, num_changed
+    from harness.scoring.scores import LABELS
+    from harness.scoring.significance import NUM_RESAMPLES, compare_written, num_changed
 
     found = compare_written(baseline, system)
     lines = [
@@ -132,8 +132,8 @@ def results(run_dirs: Sequence[Path]) -> list[Line]:
 
 def result_of(run_dir: Path) -> dict[str, str]:
     """What one run has come to so far."""
-    from harness.evaluation.scores import HIGHER_IS_BETTER
     from harness.io.atomic import read_json
+    from harness.scoring.scores import HIGHER_IS_BETTER
     from harness.training.metrics_file import read_metrics
 
     path = run_dir / "summary.json"

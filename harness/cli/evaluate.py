@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(model: str, directory: Path, scores: dict[str, Any]) -> str:
     """The scores of an evaluation with what must be told with them."""
-    from harness.evaluation.scores import LABELS
+    from harness.scoring.scores import LABELS
 
     lines = [f"{model}: {scores['sentences']:,} rows in {scores['decode_seconds']:.1f} s"]
     if beam := scores.get("beam"):

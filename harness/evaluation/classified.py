@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from harness.config.schema import RunConfig
 from harness.data.encoded import EncodedRows
 from harness.engine.processes import Processes
-from harness.evaluation.class_report import Predictions, write_predictions
-from harness.evaluation.classification import class_scores
-from harness.evaluation.confusion import MAX_LABELS, confusion_image
 from harness.evaluation.forward import forward_rows
 from harness.evaluation.result import Evaluation
-from harness.evaluation.significance import WrittenEvaluation
+from harness.reports.class_report import Predictions, write_predictions
+from harness.reports.confusion import MAX_LABELS, confusion_image
+from harness.scoring.classification import class_scores
+from harness.scoring.significance import WrittenEvaluation
 from harness.tasks.classification import ClassificationTask
 
 

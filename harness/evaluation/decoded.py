@@ -13,17 +13,17 @@ from harness.config.schema import RunConfig
 from harness.data.encoded import EncodedRows
 from harness.decoding.beam import BeamSettings
 from harness.engine.processes import Processes
-from harness.evaluation.buckets import LanguagePair
-from harness.evaluation.outputs import Output, decode_rows
+from harness.evaluation.outputs import decode_rows
 from harness.evaluation.partial import Partial
-from harness.evaluation.report import write_evaluation
 from harness.evaluation.result import Evaluation
-from harness.evaluation.scores import Scores, corpus_scores
-from harness.evaluation.sentences import Sentences
 from harness.evaluation.settings import beam_settings
-from harness.evaluation.significance import WrittenEvaluation
 from harness.models.precision import in_precision
-from harness.tasks.task import DecodingTask
+from harness.reports.report import write_evaluation
+from harness.reports.sentences import Sentences
+from harness.scoring.buckets import LanguagePair
+from harness.scoring.scores import Scores, corpus_scores
+from harness.scoring.significance import WrittenEvaluation
+from harness.tasks.task import DecodingTask, Output
 
 
 @dataclass(frozen=True)

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from harness.data.encoded import EncodedRows
 from harness.decoding.beam import BeamSettings, decode
 from harness.decoding.decode import Hypothesis
 from harness.engine.processes import Processes
-from harness.evaluation.minimum_risk import rank_by_risk
 from harness.evaluation.partial import Partial
 from harness.evaluation.result import EvaluationInterrupted
 from harness.io.faults import fault_point
-from harness.tasks.task import DecodingTask
+from harness.scoring.minimum_risk import rank_by_risk
+from harness.tasks.task import DecodingTask, Output
 
 PARTING = " ||| "  # between the phrases that an output must have
-
-
-class Output(NamedTuple):
-    """One output of a row, with its score (`BeamSettings.formula`); `is_at_limit` as that of a `Hypothesis`."""
-
-    text: str
-    score: float
-    is_at_limit: bool = False
 
 
 def outputs_of(

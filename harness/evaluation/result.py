@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.evaluation.report import write_losses
-from harness.evaluation.significance import WrittenEvaluation
+from harness.reports.report import write_losses
+from harness.scoring.significance import WrittenEvaluation
 
 
 class EvaluationInterrupted(Exception):

@@ -10,8 +10,8 @@ import torch
 
 from harness.data.rows import Row
 from harness.decoding.beam import BeamSettings, decode
-from harness.evaluation.outputs import PARTING, Output, outputs_of, phrases_of
-from harness.tasks.task import DecodingTask
+from harness.evaluation.outputs import PARTING, outputs_of, phrases_of
+from harness.tasks.task import DecodingTask, Output
 
 
 class Translated(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -68,6 +68,14 @@ class Task(ABC):
     @abstractmethod
     def show(self, row: Row) -> str:
         """One row as the model will see it, for `harness check`."""
+
+
+class Output(NamedTuple):
+    """One output of a row, with its score (`BeamSettings.formula`); `is_at_limit` as that of a `Hypothesis`."""
+
+    text: str
+    score: float
+    is_at_limit: bool = False
 
 
 class DecodingTask(Task):

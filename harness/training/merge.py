@@ -12,9 +12,9 @@ from harness.config.schema import RunConfig
 from harness.data.rows import Row
 from harness.data.sources import read_rows
 from harness.errors import DataError
-from harness.evaluation.scores import corpus_scores
 from harness.evaluation.settings import beam_settings
 from harness.evaluation.translate import Translator
+from harness.scoring.scores import corpus_scores
 from harness.tasks.task import Task
 from harness.tasks.translation import TranslationTask
 from harness.training.prepare import evaluation_sources

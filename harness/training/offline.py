@@ -24,7 +24,6 @@ from harness.data.encoded import EncodedRows
 from harness.data.sources import as_source
 from harness.engine.processes import Processes, find_device, find_store, join, leave
 from harness.errors import ConfigError, DataError, ExitCode, HarnessError
-from harness.evaluation.changes import read_baseline
 from harness.evaluation.evaluate import evaluate
 from harness.evaluation.settings import beam_settings
 from harness.evaluation.translate import Translator
@@ -40,6 +39,7 @@ from harness.models.precision import in_precision
 from harness.models.screen import base_of_adapter, is_adapter, screen_model_directory, types_of_base
 from harness.plan.parameters import position_limit
 from harness.plan.plan import Plan
+from harness.reports.changes import read_baseline
 from harness.tasks.task import DecodingTask
 from harness.tasks.translation import TranslationTask
 from harness.training.prepare import build_task, encoding, evaluation_sources, with_prepared_labels

@@ -18,9 +18,9 @@ from harness.data.rows import BadRow, Row
 from harness.data.sources import existing_file
 from harness.engine.processes import find_device
 from harness.errors import ConfigError, DataError
-from harness.evaluation.class_report import rounded
-from harness.evaluation.classification import answers, probabilities
 from harness.io.atomic import read_json
+from harness.reports.class_report import rounded
+from harness.scoring.classification import answers, probabilities
 from harness.tasks.classification import ClassificationTask
 from harness.training.offline import Subject, load_for_inference
 from harness.training.prepare import build_task

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from harness.config.schema import RunConfig
 from harness.errors import HarnessError
-from harness.evaluation.scores import LABELS
+from harness.scoring.scores import LABELS
 from harness.training.console import Console
 from harness.training.event_file import EventFile, sample_table
 from harness.training.metrics_file import MetricsFile

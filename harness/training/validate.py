@@ -11,10 +11,10 @@ from harness.errors import DataError
 from harness.evaluation.decoded import Decoded
 from harness.evaluation.evaluate import evaluate
 from harness.evaluation.result import Evaluation, EvaluationInterrupted
-from harness.evaluation.scores import HIGHER_IS_BETTER, LABELS, one_line, sentence_statistics
-from harness.evaluation.significance import WrittenEvaluation, check_same_rows, paired_bootstrap
 from harness.io import heartbeat
 from harness.io.faults import fault_point
+from harness.scoring.scores import HIGHER_IS_BETTER, LABELS, one_line, sentence_statistics
+from harness.scoring.significance import WrittenEvaluation, check_same_rows, paired_bootstrap
 from harness.training.session import Session, save
 
 NUM_SAMPLES = 10  # shown in TensorBoard

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from harness.cli.main import main
-from harness.evaluation.scores import corpus_scores
+from harness.scoring.scores import corpus_scores
 from tests.llm_runs import llm_run
 from tests.pairs import PAIRS
 from tests.runs import run_ranks, write_pairs

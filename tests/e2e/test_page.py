@@ -15,10 +15,10 @@ import sacrebleu
 from PIL import Image
 
 from harness.decoding.beam import BeamSettings
-from harness.evaluation.outputs import Output
-from harness.evaluation.report import write_evaluation
-from harness.evaluation.scores import LABELS, corpus_scores
-from harness.evaluation.sentences import Sentences
+from harness.reports.report import write_evaluation
+from harness.reports.sentences import Sentences
+from harness.scoring.scores import LABELS, corpus_scores
+from harness.tasks.task import Output
 from tests.browser import NAMES, Browser, find_browser
 
 pytestmark = [

@@ -17,10 +17,10 @@ from harness.data.encoded import EncodedRows
 from harness.data.sources import as_source
 from harness.decoding.beam import BeamSettings
 from harness.evaluation import partial as partial_module
-from harness.evaluation.outputs import Output, decode_rows
+from harness.evaluation.outputs import decode_rows
 from harness.evaluation.partial import Partial
 from harness.evaluation.result import EvaluationInterrupted
-from harness.tasks.task import DecodingTask
+from harness.tasks.task import DecodingTask, Output
 from harness.training.prepare import build_task, encoding
 from tests.lockstep import Threads, on_ranks
 from tests.pairs import PAIRS

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU, CHRF
 
-from harness.evaluation.minimum_risk import rank_by_risk
+from harness.scoring.minimum_risk import rank_by_risk
 
 WORDS = st.sampled_from(["a", "the", "cat", "sat", "on", "mat", ".", "Füße", "I'm", "再见"])
 SENTENCES = st.lists(WORDS, max_size=9).map(" ".join)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from harness.config.schema import AdapterConfig, ModelConfig, QuantizationConfig
 from harness.data.rows import Row
 from harness.errors import ConfigError
-from harness.evaluation.scores import corpus_scores
 from harness.evaluation.translate import Translator
 from harness.models.adapters import METHODS, add_adapter
 from harness.models.load import load_model, reload_model
 from harness.models.precision import Int8Linear, in_precision
+from harness.scoring.scores import corpus_scores
 from harness.training.offline import open_subject, open_translator
 from tests.numerics.test_adapters import inputs_of, load, logits_of, trained_adapter
 from tests.runs import REPOSITORY

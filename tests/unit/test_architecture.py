@@ -14,9 +14,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = {
     "errors": 0, "io": 0, "config": 0, "plan": 0,
-    "data": 1, "models": 1, "objectives": 1,
+    "data": 1, "models": 1, "objectives": 1, "scoring": 1,
     "tasks": 2, "decoding": 2, "engine": 2,
-    "evaluation": 3, "checkpoint": 3,
+    "evaluation": 3, "reports": 3, "checkpoint": 3,
     "launch": 4, "cluster": 4, "training": 4,
     "cli": 5,
 }  # fmt: skip
@@ -29,6 +29,7 @@ NEIGHBOURS = {
     ("plan", "errors"),
     ("plan", "io"),
     ("plan", "config"),
+    ("evaluation", "reports"),
     ("cluster", "launch"),
     ("training", "launch"),
     ("training", "cluster"),
@@ -44,8 +45,8 @@ IMPORTERS = {
     "bitsandbytes": {"models", "engine"},
     "datasets": {"data"},
     "tensorboard": {"training"},
-    "sacrebleu": {"evaluation"},
-    "PIL": {"evaluation"},
+    "sacrebleu": {"scoring"},
+    "PIL": {"reports"},
 }
 
 # Rooms that answer in under a second: no torch (or what imports it) when they are imported.

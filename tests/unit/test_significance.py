@@ -10,11 +10,11 @@ from sacrebleu.significance import PairedTest
 from harness.cli.main import main
 from harness.decoding.beam import BeamSettings
 from harness.errors import DataError
-from harness.evaluation.outputs import Output
-from harness.evaluation.report import write_evaluation
-from harness.evaluation.scores import METRICS, corpus_scores, sentence_statistics
-from harness.evaluation.sentences import Sentences
-from harness.evaluation.significance import WrittenEvaluation, compare_written, num_changed, paired_bootstrap
+from harness.reports.report import write_evaluation
+from harness.reports.sentences import Sentences
+from harness.scoring.scores import METRICS, corpus_scores, sentence_statistics
+from harness.scoring.significance import WrittenEvaluation, compare_written, num_changed, paired_bootstrap
+from harness.tasks.task import Output
 from tests.pairs import PAIRS
 
 SOURCES, REFERENCES = [source for source, _ in PAIRS], [target for _, target in PAIRS]

@@ -16,9 +16,9 @@ from harness.config.schema import RunConfig
 from harness.decoding.beam import BeamSettings
 from harness.engine.processes import Processes
 from harness.evaluation.decoded import Decoded
-from harness.evaluation.outputs import Output
 from harness.evaluation.result import Evaluation
-from harness.evaluation.scores import corpus_scores
+from harness.scoring.scores import corpus_scores
+from harness.tasks.task import Output
 from harness.training.records import RunRecords
 from harness.training.session import Progress, Session
 from harness.training.validate import evaluation_directory, kept_best, should_stop_early, update_best

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from harness.evaluation.bootstrap import SentenceStatistics
-from harness.evaluation.scores import corpus_scores
+from harness.scoring.bootstrap import SentenceStatistics
+from harness.scoring.scores import corpus_scores
 
 NUM_LENGTH_GROUPS = 4
 MIN_GROUP_SENTENCES = 10

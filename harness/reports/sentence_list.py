@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 
-from harness.evaluation.changes import Changes
-from harness.evaluation.checks import Finding
-from harness.evaluation.diffs import mark_differences
-from harness.evaluation.html import NUM_LISTED
-from harness.evaluation.scores import sentence_chrf
-from harness.evaluation.sentences import Sentences
+from harness.reports.changes import Changes
+from harness.reports.checks import Finding
+from harness.reports.diffs import mark_differences
+from harness.reports.html import NUM_LISTED
+from harness.reports.sentences import Sentences
+from harness.scoring.scores import sentence_chrf
 
 LEGEND = (
     "<mark>Marked</mark>: in the output but not there in the reference; <u>underlined</u>: missing from the output."

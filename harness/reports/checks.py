@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from statistics import median
 from typing import NamedTuple
 
-from harness.evaluation.buckets import LanguagePair
-from harness.evaluation.diffs import words
-from harness.evaluation.languages import Languages
-from harness.evaluation.sentences import Sentences
+from harness.reports.diffs import words
+from harness.reports.languages import Languages
+from harness.reports.sentences import Sentences
+from harness.scoring.buckets import LanguagePair
 
 MIN_COPY = 0.8  # similarity of output and source that makes it a copy, and ...
 MIN_COPY_GAIN = 0.3  # ... how much less the reference must be like the source

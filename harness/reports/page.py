@@ -8,12 +8,12 @@ from html import escape
 from statistics import mean, median
 from typing import Any
 
-from harness.evaluation.changes import Changes
-from harness.evaluation.checks import Finding
-from harness.evaluation.html import NUM_LISTED, NUM_WORST, bar, card, contents, heading, html_page, search_box, table
-from harness.evaluation.scores import HIGHER_IS_BETTER, LABELS
-from harness.evaluation.sentence_list import LEGEND, SentenceList
-from harness.evaluation.sentences import Sentences
+from harness.reports.changes import Changes
+from harness.reports.checks import Finding
+from harness.reports.html import NUM_LISTED, NUM_WORST, bar, card, contents, heading, html_page, search_box, table
+from harness.reports.sentence_list import LEGEND, SentenceList
+from harness.reports.sentences import Sentences
+from harness.scoring.scores import HIGHER_IS_BETTER, LABELS
 
 NUM_BINS = 10
 NUM_OF_FINDING = 20

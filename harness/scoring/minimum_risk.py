@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.metrics.helpers import extract_all_char_ngrams, extract_all_word_ngrams
 
-from harness.evaluation.scores import bleu_tokenizer
+from harness.scoring.scores import bleu_tokenizer
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import DataError
-from harness.evaluation.scores import Scores, one_line, sentence_chrf
-from harness.evaluation.sentences import Sentences
-from harness.evaluation.significance import Difference, WrittenEvaluation, check_same_rows, paired_bootstrap
+from harness.reports.sentences import Sentences
+from harness.scoring.scores import Scores, one_line, sentence_chrf
+from harness.scoring.significance import Difference, WrittenEvaluation, check_same_rows, paired_bootstrap
 
 _NAME = re.compile(r"step-(\d+)-(.+)")
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from sacrebleu.significance import _compute_p_value
 
 from harness.errors import DataError
-from harness.evaluation.bootstrap import SentenceStatistics, confidence_interval
-from harness.evaluation.scores import METRICS, sentence_statistics
 from harness.io.atomic import read_json
+from harness.scoring.bootstrap import SentenceStatistics, confidence_interval
+from harness.scoring.scores import METRICS, sentence_statistics
 
 NUM_RESAMPLES = 1000  # no p can be below 1 / 1001
 

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.evaluation.class_page import render_class_page
-from harness.evaluation.classification import (
+from harness.reports.class_page import render_class_page
+from harness.reports.report import finite, write_directory
+from harness.scoring.classification import (
     Floats,
     Hot,
     LabelScores,
@@ -30,8 +31,7 @@ from harness.evaluation.classification import (
     probabilities,
     reliability,
 )
-from harness.evaluation.report import finite, write_directory
-from harness.evaluation.scores import one_line
+from harness.scoring.scores import one_line
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.metrics.base import Metric
 
-from harness.evaluation.bootstrap import SentenceStatistics, confidence_interval
+from harness.scoring.bootstrap import SentenceStatistics, confidence_interval
 
 _CHINESE, _JAPANESE, _KOREAN = {"zh", "zho", "cmn", "yue", "lzh"}, {"ja", "jpn"}, {"ko", "kor"}
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness.evaluation.classification import NUM_BINS
-from harness.evaluation.html import NUM_LISTED, NUM_WORST, bar, html_page, search_box, table
-from harness.evaluation.page import cards
+from harness.reports.html import NUM_LISTED, NUM_WORST, bar, html_page, search_box, table
+from harness.reports.page import cards
+from harness.scoring.classification import NUM_BINS
 
 if TYPE_CHECKING:
-    from harness.evaluation.class_report import Predictions
+    from harness.reports.class_report import Predictions
 
 MAX_MATRIX_LABELS = 30
 NUM_CONFUSIONS = 30

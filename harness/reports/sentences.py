@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
-from harness.evaluation.buckets import LanguagePair
-from harness.evaluation.scores import one_line, sentence_chrf
-
-if TYPE_CHECKING:
-    from harness.evaluation.outputs import Output
+from harness.scoring.buckets import LanguagePair
+from harness.scoring.scores import one_line, sentence_chrf
+from harness.tasks.task import Output
 
 
 @dataclass(frozen=True)

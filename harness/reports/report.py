@@ -9,21 +9,19 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness.decoding.beam import BeamSettings
 from harness.errors import HarnessError
-from harness.evaluation.buckets import by_language, by_length
-from harness.evaluation.changes import Changes, earlier_evaluation
-from harness.evaluation.checks import find_suspects
-from harness.evaluation.page import render_page
-from harness.evaluation.scores import Scores
-from harness.evaluation.sentences import Sentences
-from harness.evaluation.significance import WrittenEvaluation
 from harness.io.atomic import fsync_directory, write_json, write_text
-
-if TYPE_CHECKING:
-    from harness.evaluation.outputs import Output
+from harness.reports.changes import Changes, earlier_evaluation
+from harness.reports.checks import find_suspects
+from harness.reports.page import render_page
+from harness.reports.sentences import Sentences
+from harness.scoring.buckets import by_language, by_length
+from harness.scoring.scores import Scores
+from harness.scoring.significance import WrittenEvaluation
+from harness.tasks.task import Output
 
 FILES = {"hypotheses.txt", "sources.txt", "references.txt", "scores.json", "report.html", "nbest.jsonl"}
 CLASS_FILES = {"predictions.jsonl", "confusion.tsv"}
