@@ -43,8 +43,8 @@ class Int8Linear(nn.Module):
         rows = x.float()
         largest = rows.abs().amax(dim=-1, keepdim=True).clamp_(min=SMALLEST)
         product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
-        output = torch.addcmul(self.bias_O, product(rows / largest, 1.0 / LEVELS, LEVELS + 1, self.packed), largest)
-        return output.to(x.dtype)
+        output: Tensor = product(rows / largest, 1.0 / LEVELS, LEVELS + 1, self.packed)
+        return output.mul_(largest).add_(self.bias_O).to(x.dtype)
 
 
 def in_precision(model: Any, precision: Precision, *, is_whole: bool = True) -> Any:
