@@ -20,6 +20,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from harness.errors import ConfigError
+from harness.io.heap import kept_heap
 from harness.models.packed import packed
 from harness.models.tree import Slots, Tree, merge
 
@@ -53,7 +54,7 @@ class Stepper:
         if attention not in MASKABLE:
             self.base.set_attn_implementation("sdpa" if self.base._supports_sdpa else "eager")
         try:
-            with packed(self.base), torch.no_grad() if was_training else torch.inference_mode():
+            with kept_heap(), packed(self.base), torch.no_grad() if was_training else torch.inference_mode():
                 yield
         finally:
             if attention not in MASKABLE:
