@@ -39,6 +39,7 @@ SETTINGS: dict[str, list[str]] = {
     "bf16 sdpa checkpointing": ["model.gradient_checkpointing=true"],
     "fp16 sdpa zero2": ["deepspeed.preset=zero2", "model.dtype=float16"],
     "fp32 sdpa zero0": ["model.dtype=float32"],
+    "fp32 decoding in bf16": ["model.dtype=float32", "evaluation.precision=bfloat16"],
     "bf16 checkpointing offload": ["model.gradient_checkpointing={offload: true}"],
     "bf16 fused adam zero2": ["deepspeed.preset=zero2", "optimizer.implementation=deepspeed"],
     "bf16 adamw_8bit zero2": ["deepspeed.preset=zero2", "optimizer.name=adamw_8bit"],
