@@ -395,6 +395,7 @@ class TestTrainAgain:
         assert (stop["step"], stop["world_size"]) == (20, 1)
         assert "last evaluation" in stop["reason"]
         assert not records_of(run_dir, "evaluation")
+        shutil.rmtree(run_dir / "evaluations")
         (run_dir / "evaluations").write_text("in the way")
         done = harness("train", str(path), "evaluation.beam_size=1")
         assert done.returncode == 0, done.stderr
