@@ -81,7 +81,7 @@ class ConstrainedBeamSearch(BeamSearch):
         parents_QK = torch.tensor([[one.parent for one in row] for row in rows], device=device)
         tokens_QK = torch.tensor([[one.token for one in row] for row in rows], device=device)
         candidates_QKL, length_Q = extended(beams, parents_QK, tokens_QK), beams.length_R + 1
-        score_QK = self.score(log_p_QK, length_Q.unsqueeze(1), self.is_end(tokens_QK))
+        score_QK = self.score(log_p_QK, length_Q.unsqueeze(1))
         self._finish(beams, score_QK, is_over_QK & (log_p_QK > NEVER), candidates_QKL, length_Q)
         chosen_QN = torch.arange(num_outputs, device=device).expand(len(rows), -1)
         parents_QN = self._go_on(beams, log_p_QK[:, :num_outputs], candidates_QKL, parents_QK, chosen_QN)

@@ -2,7 +2,7 @@
 
 Sources: transformers 5.23 `GenerationMixin._beam_search`; fairseq `sequence_generator.py`; tensor2tensor
 `beam_search.py`, after Wu et al. 2016 (GNMT), equation 14 without coverage; marian-dev `history.h`, `beam_search.cpp`;
-OpenNMT-py `beam_search.py`; CTranslate2 `decoding.cc`.
+OpenNMT-py `beam_search.py`; CTranslate2 `decoding.cc`, and outputs and scores of CTranslate2 4.8.5, which counts </s>.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Literal
 
 from torch import Tensor
 
-EMPTY = 1e-4  # length of an output without tokens that count: with a length penalty it is the last choice
 Stop = Literal["unlikely", "impossible", "full", "first", "filled", "bound", "narrow", "top"]
 
 
@@ -35,16 +34,13 @@ class Preset:
     stop: Stop
     is_gnmt: bool = False
     counts_start: bool = False
-    counts_end: bool = True
     has_no_spare: bool = False
     forces_end: bool = False
 
-    def divisor(self, length: Tensor, is_end: Tensor, length_penalty: float) -> Tensor:
-        """What log p is divided by. `length` counts all output tokens; the last may be an end."""
-        counted = length + int(self.counts_start)
-        if not self.counts_end:
-            counted = counted - is_end.long()
-        base = (5.0 + counted) / 6.0 if self.is_gnmt else counted.float().clamp(min=EMPTY)
+    def divisor(self, length: Tensor, length_penalty: float) -> Tensor:
+        """What log p is divided by. `length` counts all output tokens, an end too."""
+        counted = length.float() + int(self.counts_start)
+        base = (5.0 + counted) / 6.0 if self.is_gnmt else counted
         divisor: Tensor = base**length_penalty
         return divisor
 
@@ -52,11 +48,8 @@ class Preset:
     def formula(self) -> str:
         """The score in words."""
         divisor = "((5 + T) / 6)^length_penalty" if self.is_gnmt else "T^length_penalty"
-        tokens = (
-            "forced language tag and </s> included" if self.counts_end else "forced language tag included, </s> not"
-        )
         start = ", and the decoder start" if self.counts_start else ""
-        return f"sum log p / {divisor}; T counts every output token: {tokens}{start}"
+        return f"sum log p / {divisor}; T counts every output token: forced language tag and </s> included{start}"
 
 
 HF = Preset("unlikely")
@@ -66,5 +59,5 @@ PRESETS = {
     "gnmt": Preset("bound", is_gnmt=True),
     "marian": Preset("narrow", has_no_spare=True),
     "opennmt": Preset("top", counts_start=True, has_no_spare=True),
-    "ctranslate2": Preset("filled", counts_end=False),
+    "ctranslate2": Preset("filled"),
 }

@@ -44,17 +44,14 @@ class Rule(ABC):
         """Takes the next step of every open search in place; returns which output [R, N] each running one goes on
         from. A chain may take what follows from other numbers than log p, `choice_RNV`."""
 
-    def is_end(self, tokens: Tensor) -> Tensor:
-        """Which tokens end an output."""
-        return torch.isin(tokens, torch.tensor(self.ends, device=tokens.device))
-
-    def is_over(self, tokens_RNL: Tensor, length_R: Tensor, is_end_RN: Tensor) -> Tensor:
+    def is_over(self, tokens_RNL: Tensor, length_R: Tensor, last_RN: Tensor) -> Tensor:
         """Which outputs, of `length_R` tokens, have ended by their last token or text."""
+        is_end_RN = torch.isin(last_RN, torch.tensor(self.ends, device=last_RN.device))
         return is_end_RN if self.stops is None else is_end_RN | self.stops.reached(tokens_RNL, length_R)
 
-    def score(self, log_p: Tensor, length: Tensor, is_end: Tensor) -> Tensor:
-        """Scores of outputs of `length` tokens, of which the last one may be an end."""
-        return log_p / self.preset.divisor(length, is_end, self.length_penalty)
+    def score(self, log_p: Tensor, length: Tensor) -> Tensor:
+        """Scores of outputs of `length` tokens."""
+        return log_p / self.preset.divisor(length, self.length_penalty)
 
 
 @dataclass(frozen=True)
@@ -69,15 +66,14 @@ class BeamSearch(Rule):
         log_p_RK, parents_RK, tokens_RK = best_continuations(log_p_RNV, beams.log_p_RN, num_candidates)
         length_R = beams.length_R + 1
         candidates_RKL = extended(beams, parents_RK, tokens_RK)
-        is_end_RK = self.is_end(tokens_RK)
-        is_over_RK = self.is_over(candidates_RKL, length_R, is_end_RK)
+        is_over_RK = self.is_over(candidates_RKL, length_R, tokens_RK)
         ended_RK = is_over_RK | (length_R >= beams.limit_R).unsqueeze(1)
         running_RK = log_p_RK + is_over_RK * NEVER
         if self.preset.stop == "narrow":
             running_RK = running_RK + self._is_beyond(beams, ended_RK) * NEVER
 
         is_new_RK = self._may_finish(beams, ended_RK, is_over_RK)
-        score_RK = self.score(log_p_RK, length_R.unsqueeze(1), is_end_RK)
+        score_RK = self.score(log_p_RK, length_R.unsqueeze(1))
         self._finish(beams, score_RK, is_new_RK, candidates_RKL, length_R)
         chosen_RN = running_RK.topk(num_outputs).indices
         parents_RN = self._go_on(beams, running_RK.gather(1, chosen_RN), candidates_RKL, parents_RK, chosen_RN)
@@ -148,7 +144,7 @@ class BeamSearch(Rule):
         """Whether the best running output could still be better than the worst finished one, where that counts."""
         looks_ahead = self.preset.stop in ("impossible", "bound") and self.length_penalty > 0.0
         length_R = beams.limit_R if looks_ahead else beams.length_R
-        best_R = self.score(beams.log_p_RN[:, 0], length_R, torch.zeros_like(beams.is_open))
+        best_R = self.score(beams.log_p_RN[:, 0], length_R)
         worst_R = torch.where(beams.is_full_RN, beams.best_score_RN, torch.inf).min(dim=1).values
         return best_R > torch.where(counts_R, worst_R, NEVER)
 
@@ -179,12 +175,11 @@ class Chain(Rule):
         tokens_RN = torch.where(is_open_RN, tokens_RN, beams.tokens_RNL.gather(2, at_end_RNL).squeeze(2))
         beams.tokens_RNL.scatter_(2, at_end_RNL, tokens_RN.unsqueeze(2))
         beams.log_p_RN = beams.log_p_RN + log_p_RN.masked_fill(~is_open_RN, 0.0)
-        is_end_RN = self.is_end(tokens_RN)
-        score_RN = self.score(beams.log_p_RN, length_R1, is_end_RN)
+        score_RN = self.score(beams.log_p_RN, length_R1)
         beams.best_RNL = beams.tokens_RNL
         beams.best_length_RN = torch.where(is_open_RN, length_R1, beams.best_length_RN)
         beams.best_score_RN = torch.where(is_open_RN, score_RN, beams.best_score_RN)
-        is_over_RN = self.is_over(beams.tokens_RNL, beams.length_R, is_end_RN)
+        is_over_RN = self.is_over(beams.tokens_RNL, beams.length_R, tokens_RN)
         beams.is_open_RG = is_open_RN & ~is_over_RN & (length_R1 < beams.limit_R.unsqueeze(1))
         return torch.arange(self.num_chains, device=tokens_RN.device).expand_as(tokens_RN)
 
