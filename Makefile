@@ -32,9 +32,10 @@ demo-llm: setup
 quick: setup
 	$(BIN)/pytest -m "not slow and not cluster"
 
-test: quick
-	$(BIN)/pytest -m "slow and not cluster"
-	$(BIN)/pytest -m cluster
+test: setup
+	failed=0; for tests in "not slow and not cluster" "slow and not cluster" cluster; do \
+	  $(BIN)/pytest -m "$$tests" || failed=1; \
+	done; exit $$failed
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Parameters of mallopt(3) and what glibc makes of them by itself.
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-USUAL_TRIM_BYTES, USUAL_MMAP_MAX = 64 << 20, 65536
+# Parameters of mallopt(3), and what glibc makes of them by itself in a process with large tensors.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+USUALLY = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
 
 
 @contextmanager
@@ -19,8 +19,7 @@ def kept_heap() -> Iterator[None]:
     glibc takes more than 32 MiB from the kernel each time, which clears every page of it: with a vocabulary of 250,000
     that is as much work as the products. Other C libraries are left alone.
     """
-    library = ctypes.CDLL(None)
-    if sys.platform != "linux" or not hasattr(library, "mallopt"):
+    if sys.platform != "linux" or not hasattr(library := ctypes.CDLL(None), "mallopt"):
         yield
         return
     library.mallopt(M_MMAP_MAX, 0)
@@ -28,6 +27,6 @@ def kept_heap() -> Iterator[None]:
     try:
         yield
     finally:
-        library.mallopt(M_MMAP_MAX, USUAL_MMAP_MAX)
-        library.mallopt(M_TRIM_THRESHOLD, USUAL_TRIM_BYTES)
+        for parameter, value in USUALLY.items():
+            library.mallopt(parameter, value)
         library.malloc_trim(0)
