@@ -17,7 +17,8 @@ from benchmarks.record import write_result
 from examples.demo import BASE, ROOT, TEST
 from harness.data.rows import Row
 from harness.scoring.scores import corpus_scores
-from harness.training.offline import open_subject, open_translator
+from harness.training.offline import open_translator
+from harness.training.subject import open_subject
 
 NUM_WARM_UP = 8
 

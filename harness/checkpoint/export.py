@@ -12,6 +12,7 @@ import torch
 
 from harness.checkpoint.state import CheckpointTensors
 from harness.checkpoint.store import Checkpoint
+from harness.engine.fragments import MASTER
 from harness.errors import DataError
 from harness.io import heartbeat
 from harness.io.atomic import fsync_directory
@@ -26,9 +27,11 @@ def overwrite_parameters(model: torch.nn.Module, checkpoints: Sequence[Checkpoin
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     opened = [CheckpointTensors(checkpoint.directory) for checkpoint in checkpoints]
+    here = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     for tensors in opened:
-        if unknown := sorted(set(parameters) ^ set(tensors.names())):
-            what = f"{len(unknown)} parameters are not in both model and checkpoint: {', '.join(unknown[:5])}"
+        there = {name: shape for (name, kind), shape in tensors.shapes.items() if kind == MASTER}
+        if differing := sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name)):
+            what = f"{len(differing)} parameters differ between model and checkpoint: {', '.join(differing[:5])}"
             raise DataError(what, where=str(tensors.directory))
     with torch.no_grad():
         for name, parameter in parameters.items():

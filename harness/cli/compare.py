@@ -141,7 +141,7 @@ def result_of(run_dir: Path) -> dict[str, str]:
     records = read_metrics(run_dir / "metrics.jsonl")
     steps = [record for record in records if record.get("event") == "step"]
     shown = {"state": "finished" if summary else "not finished", "steps": f"{steps[-1]['step'] if steps else 0:,}"}
-    shown |= {f"test {name}": f"{value:.4g}" for name, value in summary.get("test", {}).items()}
+    shown |= {f"test {name}": _number(value) for name, value in summary.get("test", {}).items()}
     scored = [record for record in records if record.get("event") == "evaluation" and record.get("set") == "validation"]
     for name, is_higher_better in HIGHER_IS_BETTER.items():
         scores = [(record[name], record["step"]) for record in scored if isinstance(record.get(name), int | float)]
@@ -150,7 +150,7 @@ def result_of(run_dir: Path) -> dict[str, str]:
             shown[f"best {name}"] = f"{value:.4g} at {step:,}"
             shown[f"last {name}"] = f"{scores[-1][0]:.4g}"
     if steps and "loss" in steps[-1]:
-        shown["training loss"] = f"{steps[-1]['loss']:.4g}"
+        shown["training loss"] = _number(steps[-1]["loss"])
     if summary:
         shown["tokens/s"] = f"{summary['tokens_per_second']:,.0f}"
         shown["hours"] = f"{summary['wall_time_s'] / 3600:.2f}"
@@ -172,6 +172,10 @@ def _names(run_dirs: Sequence[Path]) -> list[str]:
     """The last parts of the paths, whole paths where those are the same."""
     names = [run_dir.resolve().name for run_dir in run_dirs]
     return names if len(set(names)) == len(names) else [str(run_dir) for run_dir in run_dirs]
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
 
 
 def _cut(text: str) -> str:

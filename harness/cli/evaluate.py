@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
     from harness.errors import ConfigError
     from harness.io.atomic import read_json
     from harness.training.invariance import check_invariance
-    from harness.training.offline import named_set, open_ensemble, score
+    from harness.training.offline import score
+    from harness.training.subject import named_set, open_ensemble
 
     if args.references and not args.data:
         raise ConfigError("is the other side of --data", where="--references", hint="give both, or neither")

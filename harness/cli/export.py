@@ -55,6 +55,10 @@ def export(args: argparse.Namespace, choose: Callable[[Path], list[Checkpoint]])
     run_dir, out = existing_run_directory(args.run_dir), args.out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("is there already, and not an empty directory", where=str(args.out), hint="name a new one")
+    if out == Path.cwd():
+        raise ConfigError(
+            "is the current directory, which cannot be replaced", where=str(args.out), hint="name another"
+        )
     config = Plan.from_json(read_json(run_dir / "plan.json")).config
     if args.merge and config.adapter is None:
         raise ConfigError("the run has no adapter", where="--merge", hint="leave it out")

@@ -7,10 +7,11 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from harness import __version__
-from harness.errors import ExitCode, HarnessError
+from harness.errors import ExitCode, HarnessError, Interrupted
 
 # Verb -> the line of `harness --help`; the verb's module is harness/cli/<verb>.py.
 VERBS: dict[str, str] = {
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = next((argument for argument in arguments if not argument.startswith("-")), None)
     debug = "--debug" in arguments
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of PEFT's calls
     try:
         args = _parse(arguments, verb if verb in VERBS else None)
         code: int = args.run(args)
@@ -46,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except SystemExit as stop:  # argparse: --help, --version or a wrong command line
         return stop.code if isinstance(stop.code, int) else ExitCode.OTHER
+    except Interrupted as stop:
+        return _report(debug, f"harness: {stop}", stop.exit_code)
     except HarnessError as error:
         return _report(debug, f"error: {error}", error.exit_code)
     except KeyboardInterrupt:

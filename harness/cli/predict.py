@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from harness.training.offline import open_subject
     from harness.training.offline_classifier import open_classifier
+    from harness.training.subject import open_subject
 
     given = {
         "model": {"dtype": args.dtype},

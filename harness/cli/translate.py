@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from harness.training.offline import open_ensemble, open_translator
+    from harness.training.offline import open_translator
+    from harness.training.subject import open_ensemble
 
     changes = model_changes(args)
     if not (Path(args.model) / "plan.json").is_file():
@@ -44,14 +45,17 @@ def run(args: argparse.Namespace) -> int:
         changes["data"]["constraints_column"] = "constraints"
     subject = open_ensemble(args.model, args.ensemble, changes, args.overrides)
     translator = open_translator(subject)
+    data = subject.config.data
+    longer = f"has more than {data.max_source_length}"
+    if subject.config.task == "causal_lm":
+        longer = f"makes a prompt of more than {data.max_length}"
     number = 0
     for lines in line_blocks(sys.stdin.buffer):
         texts = [decoded(line, number + place) for place, line in enumerate(lines, start=1)]
         for result in translator(texts, number, with_phrases=args.constraints):
             number += 1
             if result.truncated:
-                limit = subject.config.data.max_source_length
-                print(f"line {number} has more than {limit} tokens: its end was left out", file=sys.stderr)
+                print(f"line {number} {longer} tokens: its end was left out", file=sys.stderr)
             sys.stdout.buffer.write(shown(result, number, as_table=args.n_best is not None).encode())
         sys.stdout.buffer.flush()
     return 0

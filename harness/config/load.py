@@ -20,6 +20,7 @@ from harness.config.prompt_rules import prompt_problems
 from harness.config.rules import contradictions
 from harness.config.schema import RunConfig
 from harness.config.search_rules import search_problems
+from harness.config.task_rules import foreign_keys, metric_problems
 from harness.errors import ConfigError
 from harness.io.accelerator import Accelerator
 from harness.io.accelerator import accelerator as this_accelerator
@@ -79,7 +80,10 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         raise _error(document.path, mistakes)
     try:
         changed = RunConfig.model_validate(document.value)
-        found = [(tuple(key.split(".")), text) for key, text in (*search_problems(changed), *prompt_problems(changed))]
+        named = {override.partition("=")[0] for override in overrides}
+        foreign = (problem for problem in foreign_keys(changed) if problem[0] in named)
+        problems = (*foreign, *metric_problems(changed), *search_problems(changed), *prompt_problems(changed))
+        found = [(tuple(key.split(".")), text) for key, text in problems]
     except ValidationError as error:
         found = messages.explain(error, document.value)
     if found:

@@ -26,7 +26,8 @@ _FORMATS: dict[str, tuple[str, ...]] = {
 # Key of `data` -> the formats that have a use for it.
 _FORMATS_OF_KEY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("source_column", "target_column", "source_language", "target_language"), ("pairs", _WRITTEN)),
-    **dict.fromkeys(("source_prefix", "max_source_length", "constraints_column"), ("pairs",)),
+    "constraints_column": ("pairs", _WRITTEN),
+    **dict.fromkeys(("source_prefix", "max_source_length"), ("pairs",)),
     "max_target_length": ("pairs", *_CONVERSATIONS),
     "text_column": ("text", "labelled"),
     **dict.fromkeys(("text_pair_column", "label_column"), ("labelled",)),
@@ -55,10 +56,10 @@ _TASKS_OF_KEY: dict[str, tuple[str, ...]] = {
 def task_problems(config: RunConfig) -> list[Problem]:
     """Every contradiction between the task and the rest of the run file."""
     return [
-        *_foreign_keys(config),
+        *foreign_keys(config),
         *_format(config),
         *_classification(config),
-        *_metrics(config),
+        *metric_problems(config),
         *_significance(config),
         *prompt_problems(config),
     ]
@@ -76,7 +77,8 @@ def is_set(section: Section, key: str) -> bool:
     return bool(getattr(section, key) != default)
 
 
-def _foreign_keys(config: RunConfig) -> Iterator[Problem]:
+def foreign_keys(config: RunConfig) -> Iterator[Problem]:
+    """Keys that the task or the rows' format has no use for."""
     data = config.data
     row_format = _WRITTEN if config.task == "causal_lm" and data.format == "pairs" else data.format
     for key, formats in _FORMATS_OF_KEY.items():
@@ -128,7 +130,7 @@ def _significance(config: RunConfig) -> Iterator[Problem]:
         yield key, f"a paired bootstrap gives no p below {_LEAST_P}: raise it to that or more"
 
 
-def _metrics(config: RunConfig) -> Iterator[Problem]:
+def metric_problems(config: RunConfig) -> Iterator[Problem]:
     """Scores that cannot be had."""
     if config.evaluation is None:
         return

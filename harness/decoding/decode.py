@@ -15,6 +15,7 @@ from torch import Tensor
 from harness.decoding.beams import NEVER, NOTHING, Beams
 from harness.decoding.constraints import Constraints
 from harness.decoding.search import Chain, Rule
+from harness.errors import DataError
 from harness.io import heartbeat
 from harness.models.ensemble import Trees, stepper_of
 from harness.models.tree import Tree
@@ -180,6 +181,8 @@ class Decoder:
         limit_R = torch.full_like(sizes_R, self.search.max_length)
         if self.search.limits is not None:
             limit_R = torch.minimum(limit_R, self.search.limits(sizes_R))
+        if self.stepper.num_positions is not None:
+            limit_R = torch.minimum(limit_R, self._room(sizes_R))
         beams = Beams.begin(
             forced_RP, limit_R, self.search.num_outputs, source.num_forced + 1,
             rows_R=torch.tensor(rows, device=logits_RV.device) + self.first_row,
@@ -189,6 +192,15 @@ class Decoder:
         )  # fmt: skip
         parents_RN = self._advance(beams, logits_RV.unsqueeze(1).expand(-1, self.search.num_outputs, -1))
         return _Running(rows, tree, beams, parents_RN, source.num_forced)
+
+    def _room(self, sizes_R: Tensor) -> Tensor:
+        """Tokens that fit behind prompts in the model's table of positions. Raises DataError if none does."""
+        room_R: Tensor = self.stepper.num_positions - sizes_R
+        if room_R.min() < 1:
+            what = f"a prompt of {int(sizes_R.max())} tokens leaves no room for an answer"
+            positions = f"the model has {self.stepper.num_positions} positions"
+            raise DataError(f"{what}: {positions}", where="data.max_length", hint="shorten the prompt")
+        return room_R
 
     def _step(self) -> None:
         """One token more for every running output, or along with the other ranks for none."""
@@ -210,8 +222,9 @@ class Decoder:
         if not isinstance(rule, Chain) or not constraints:
             log_p_RNV = constraints(log_p_RNV, beams, rule.ends) if constraints else log_p_RNV
             return rule.advance(beams, self._limited(log_p_RNV, beams))
-        choice_RNV = self._limited(constraints(logits_RNV, beams, rule.ends), beams)
-        return rule.advance(beams, self._limited(log_p_RNV, beams), choice_RNV)
+        choice_RNV = constraints(logits_RNV.contiguous(), beams, rule.ends)
+        log_p_RNV = log_p_RNV.masked_fill(choice_RNV == -torch.inf, -torch.inf)
+        return rule.advance(beams, self._limited(log_p_RNV, beams), self._limited(choice_RNV, beams))
 
     def _limited(self, scores_RNV: Tensor, beams: Beams) -> Tensor:
         """In place: never padding, unless it ends an output; only an end at a row's own limit.
@@ -222,10 +235,11 @@ class Decoder:
         if self.search.pad not in rule.ends:
             scores_RNV[:, :, self.search.pad] = -torch.inf
         if rule.preset.forces_end:
-            is_last_R = beams.length_R + 1 >= beams.limit_R
-            end_RN = scores_RNV[is_last_R, :, end]
-            scores_RNV[is_last_R] = -torch.inf
-            scores_RNV[is_last_R, :, end] = end_RN
+            is_last_R1 = (beams.length_R + 1 >= beams.limit_R).unsqueeze(1)
+            must_end_RN = is_last_R1 & scores_RNV[:, :, end].isfinite()  # else it is cut
+            end_I = scores_RNV[must_end_RN, end]
+            scores_RNV[must_end_RN] = -torch.inf
+            scores_RNV[must_end_RN, end] = end_I
         elif self.search.limits is not None:
             is_last_R = (beams.length_R + 1 >= beams.limit_R) & (beams.limit_R < self.search.max_length)
             scores_RNV[is_last_R] = -torch.inf

@@ -19,7 +19,7 @@ from torch import Tensor
 from harness.decoding.beams import NEVER, Beams
 from harness.decoding.search import BeamSearch, best_continuations, extended
 
-Phrase = Sequence[int]  # tokens
+Phrase = Sequence[Sequence[int]]  # the tokens of each way to write it, of which one is enough
 
 
 class Candidate(NamedTuple):
@@ -157,25 +157,32 @@ def finishing(candidates: Sequence[Candidate], num: int, *, is_stuck: bool) -> l
 
 
 def num_met(tokens: Sequence[int], phrases: Sequence[Phrase]) -> int:
-    """How many tokens of the phrases are there: of whole phrases, and of the one that has just begun."""
-    missing = [phrase for phrase in phrases if not _contains(tokens, phrase)]
-    begun = max((_begun(tokens, phrase) for phrase in missing), default=0)
-    return sum(map(len, phrases)) - sum(map(len, missing)) + begun
+    """How many tokens of the phrases are there: of whole phrases, and of the one that has just begun. A phrase counts
+    as its longest way."""
+    sizes = [0 if _is_missing(tokens, phrase) else max(map(len, phrase)) for phrase in phrases]
+    return sum(sizes) + max((_begun(tokens, way) for way in _missing_ways(tokens, phrases)), default=0)
 
 
 def wants(tokens: Sequence[int], phrases: Sequence[Phrase]) -> set[int]:
     """The tokens that begin a missing phrase or go on with it; none if no phrase is missing."""
-    missing = [phrase for phrase in phrases if not _contains(tokens, phrase)]
-    return {phrase[place] for phrase in missing for place in (0, _begun(tokens, phrase))}
+    return {way[place] for way in _missing_ways(tokens, phrases) for place in (0, _begun(tokens, way))}
 
 
-def _contains(tokens: Sequence[int], phrase: Phrase) -> bool:
-    size = len(phrase)
-    return any(tuple(tokens[start : start + size]) == tuple(phrase) for start in range(len(tokens) - size + 1))
+def _missing_ways(tokens: Sequence[int], phrases: Sequence[Phrase]) -> list[Sequence[int]]:
+    return [way for phrase in phrases if _is_missing(tokens, phrase) for way in phrase]
 
 
-def _begun(tokens: Sequence[int], phrase: Phrase) -> int:
+def _is_missing(tokens: Sequence[int], phrase: Phrase) -> bool:
+    return not any(_contains(tokens, way) for way in phrase)
+
+
+def _contains(tokens: Sequence[int], way: Sequence[int]) -> bool:
+    size = len(way)
+    return any(tuple(tokens[start : start + size]) == tuple(way) for start in range(len(tokens) - size + 1))
+
+
+def _begun(tokens: Sequence[int], way: Sequence[int]) -> int:
     """The longest beginning of a phrase, less than all of it, that the tokens end with."""
-    longest = min(len(tokens), len(phrase) - 1)
+    longest = min(len(tokens), len(way) - 1)
     sizes = range(longest, 0, -1)
-    return next((size for size in sizes if tuple(tokens[-size:]) == tuple(phrase[:size])), 0)
+    return next((size for size in sizes if tuple(tokens[-size:]) == tuple(way[:size])), 0)

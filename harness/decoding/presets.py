@@ -24,11 +24,12 @@ class Preset:
     - impossible: it would not at any length; full: as unlikely, or N are finished;
     - first: N are finished, of those that end in one step the likeliest first; filled: N or more are finished, of which
       the best count, or without length penalty as in top;
-    - bound: any is finished and the best running output cannot overtake the worst of them at the longest length;
+    - bound: the best running output cannot overtake the best finished one at the longest length, or if more than one
+      is wanted the worst of N;
     - narrow: each finished output has taken the place of a beam for good, and none is left;
     - top: the likeliest candidate of a step has ended once, and as many as are wanted are finished.
     `has_no_spare`: N candidates are looked at in a step instead of 2 N. `forces_end`: an output at the longest length
-    ends in </s> with its log p; else it is cut.
+    ends in </s> with its log p, if it may; else it is cut.
     """
 
     stop: Stop

@@ -129,10 +129,10 @@ class BeamSearch(Rule):
         is_full_R = beams.is_full_RN.all(dim=1)
         stop = self.preset.stop
         if stop in ("unlikely", "impossible", "full"):
-            beams.can_improve_R = beams.can_improve_R & self._can_overtake(beams, is_full_R)
+            beams.can_improve_R = beams.can_improve_R & self._can_overtake(beams, -1)
             is_done_R = ~beams.can_improve_R | (is_full_R & (stop == "full"))
         elif stop == "bound":
-            is_done_R = beams.is_full_RN.any(dim=1) & ~self._can_overtake(beams, beams.is_full_RN.any(dim=1))
+            is_done_R = ~self._can_overtake(beams, 0 if self.num_wanted == 1 else -1)
         elif stop == "top" or (stop == "filled" and self.length_penalty == 0.0):
             beams.can_improve_R = beams.can_improve_R & ~ended_RK[:, 0]
             is_done_R = ~beams.can_improve_R & (beams.is_full_RN.sum(dim=1) >= self.num_wanted)
@@ -140,13 +140,12 @@ class BeamSearch(Rule):
             is_done_R = is_full_R
         beams.is_open_RG = beams.is_open_RG & ~(is_done_R | ended_RK.all(dim=1)).unsqueeze(1)
 
-    def _can_overtake(self, beams: Beams, counts_R: Tensor) -> Tensor:
-        """Whether the best running output could still be better than the worst finished one, where that counts."""
+    def _can_overtake(self, beams: Beams, place: int) -> Tensor:
+        """Whether the best running output could still be better than what is finished at a place, or that is free."""
         looks_ahead = self.preset.stop in ("impossible", "bound") and self.length_penalty > 0.0
         length_R = beams.limit_R if looks_ahead else beams.length_R
         best_R = self.score(beams.log_p_RN[:, 0], length_R)
-        worst_R = torch.where(beams.is_full_RN, beams.best_score_RN, torch.inf).min(dim=1).values
-        return best_R > torch.where(counts_R, worst_R, NEVER)
+        return best_R > beams.best_score_RN[:, place].clamp(min=NEVER)
 
 
 @dataclass(frozen=True)

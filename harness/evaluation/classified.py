@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,16 @@ def classify_and_score(
     *,
     config: RunConfig,
     num_rows: int | None,
+    stop_wanted: Callable[[], bool],
 ) -> Classified:
     """Loss, predictions and scores of the first `num_rows` rows, on every rank."""
     started = time.monotonic()
     sums, found = [0.0, 0.0, 0.0], []
-    max_tokens = config.batch.max_tokens_per_device
-    for ids, batch, logits in forward_rows(model, rows, task, processes, max_tokens=max_tokens, num_rows=num_rows):
+    forwarded = forward_rows(
+        model, rows, task, processes,
+        max_tokens=config.batch.max_tokens_per_device, num_rows=num_rows, stop_wanted=stop_wanted,
+    )  # fmt: skip
+    for ids, batch, logits in forwarded:
         sums = [total + float(term) for total, term in zip(sums, task.loss(logits, batch), strict=True)]
         found += list(zip(ids, logits.float().tolist(), strict=False))  # a batch of no rows has logits of one
     loss_sum, nll_sum, count = processes.sum(sums)

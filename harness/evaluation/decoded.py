@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 from harness.config.schema import RunConfig
 from harness.data.encoded import EncodedRows
@@ -48,6 +48,13 @@ class Decoded(Evaluation):
         return {**self.losses, **self.scores.values}
 
     @property
+    def limits(self) -> dict[str, float]:
+        intervals = self.scores.confidence.items()
+        return {
+            f"{name}_{end}": limit for name, ends in intervals for end, limit in zip(("low", "high"), ends, strict=True)
+        }
+
+    @property
     def signatures(self) -> dict[str, str]:
         return self.scores.signatures
 
@@ -74,7 +81,7 @@ def decode_and_score(
     num_rows: int | None,
     synced: bool,
     stop_wanted: Callable[[], bool],
-    partial: Path | None,
+    partial: Partial | None,
 ) -> Decoded:
     """Beam search and corpus scores of the first `num_rows` rows, on every rank."""
     options = config.evaluation
@@ -82,15 +89,18 @@ def decode_and_score(
     started = time.monotonic()
     settings = beam_settings(config, task)
     prompt = _prompt(config)
-    phrases = crc32(repr(rows.texts("constraints")[:num_rows]).encode())
-    key = f"{settings} {prompt} {options.precision} {rows.digest} {num_rows} {phrases} {losses['nll']:.6g}"
+    if partial is not None:
+        texts = repr([rows.texts(name)[:num_rows] for name in ("constraints", "target_language")])
+        texts_digest = hashlib.sha256(texts.encode()).hexdigest()
+        key = f"{settings} {prompt} {options.precision} {rows.digest} {num_rows} {texts_digest} {losses['nll']:.6g}"
+        partial = replace(partial, key=f"{partial.key} {key}")
     outputs = decode_rows(
         in_precision(model, options.precision, is_whole=not synced), rows, task, processes,
         settings=settings, max_tokens=options.max_tokens_per_device or config.batch.max_tokens_per_device,
         num_rows=num_rows, synced=synced, stop_wanted=stop_wanted,
-        partial=None if partial is None else Partial(partial, key, processes),
+        partial=partial,
     )  # fmt: skip
-    seconds = time.monotonic() - started
+    seconds = time.monotonic() - started + (partial.seconds_before if partial is not None else 0.0)
     sources, references = rows.texts("source")[:num_rows], rows.texts("target")[:num_rows]
     pairs = list(zip(rows.texts("source_language"), rows.texts("target_language"), strict=True))[:num_rows]
     languages = {target for _, target in pairs}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from harness.data.batches import cut_step
 from harness.data.encoded import EncodedRows
 from harness.engine.processes import Processes
+from harness.evaluation.result import EvaluationInterrupted
 from harness.io import heartbeat
 from harness.tasks.task import Batch, Task
 
@@ -32,12 +33,20 @@ def deal(batches: Sequence[list[int]], rank: int, world_size: int) -> list[Turn]
 
 @torch.no_grad()
 def forward_rows(
-    model: Any, rows: EncodedRows, task: Task, processes: Processes, *, max_tokens: int, num_rows: int | None = None
+    model: Any,
+    rows: EncodedRows,
+    task: Task,
+    processes: Processes,
+    *,
+    max_tokens: int,
+    num_rows: int | None = None,
+    stop_wanted: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[list[int], Batch, Tensor]]:
     """(row ids, batch, logits) of this rank's share of the first `num_rows` rows, without dropout.
 
     Batches are those of one process, dealt to the ranks, so what is computed of a row does not depend on their number.
-    A rank short of batches takes part with one of no rows.
+    A rank short of batches takes part with one of no rows. Raises EvaluationInterrupted on all ranks when one of them
+    wants to stop.
     """
     sizes = rows.sizes[:num_rows]
     limit = max(max_tokens, int(sizes.max()))
@@ -46,6 +55,8 @@ def forward_rows(
     model.eval()
     for turn in deal([batch.tolist() for (batch,) in batches], processes.rank, processes.world_size):
         heartbeat.beat("evaluation")
+        if any(processes.sum([stop_wanted()])):
+            raise EvaluationInterrupted
         ids = turn.rows if turn.counts else []
         batch = task.collate(rows.take(ids), processes.device)
         yield ids, batch, model(**batch.inputs).logits

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from harness.data.encoded import EncodedRows
 from harness.decoding.beam import BeamSettings, decode
 from harness.decoding.decode import Hypothesis
+from harness.decoding.lexical import Phrase
 from harness.engine.processes import Processes
 from harness.evaluation.partial import Partial
 from harness.evaluation.result import EvaluationInterrupted
@@ -21,19 +23,23 @@ PARTING = " ||| "  # between the phrases that an output must have
 def outputs_of(
     found: Sequence[Hypothesis], task: DecodingTask, settings: BeamSettings, language: str | None
 ) -> list[Output]:
-    """What is kept of the outputs of a row in the target `language`, best first."""
+    """What is kept of the outputs of a row in the target `language`, best first; an empty one where the model's numbers
+    are not finite."""
     outputs = [Output(task.to_text(one.token_ids), one.score, one.is_at_limit) for one in found]
-    if settings.minimum_risk:
+    if settings.minimum_risk and outputs:
+        is_at_limit = {one.text: one.is_at_limit for one in outputs}
         ranked = rank_by_risk([one.text for one in outputs], settings.minimum_risk.utility, language)
-        outputs = [Output(*one) for one in ranked[: settings.num_hypotheses]]
-    return outputs
+        outputs = [Output(text, risk, is_at_limit[text]) for text, risk in ranked[: settings.num_hypotheses]]
+    return outputs or [Output("", -math.inf)]
 
 
-def phrases_of(constraints: Sequence[str | None], task: DecodingTask) -> dict[int, list[list[int]]]:
-    """Token ids of the phrases that outputs must have, by place; rows without any are left out."""
+def phrases_of(constraints: Sequence[str | None], task: DecodingTask) -> dict[int, list[Phrase]]:
+    """The phrases that outputs must have, by place; rows without any are left out."""
     texts = [[part.strip() for part in (text or "").split(PARTING.strip()) if part.strip()] for text in constraints]
-    pieces = {place: task.pieces(phrases) for place, phrases in enumerate(texts) if phrases}
-    return {place: filled for place, ids in pieces.items() if (filled := [one for one in ids if one])}
+    phrases: dict[int, list[Phrase]] = {
+        place: [ways for part in parts if (ways := task.ways_to_write(part))] for place, parts in enumerate(texts)
+    }
+    return {place: filled for place, filled in phrases.items() if filled}
 
 
 def decode_rows(
@@ -82,6 +88,4 @@ def decode_rows(
     decoded = [item for part in processes.gather(list(texts().items())) for item in part]
     assert sorted(row for row, _ in decoded) == sorted(left), "every row is decoded exactly once"
     outputs |= dict(decoded)
-    if partial is not None:
-        partial.remove()
     return [[Output(*one) for one in outputs[row]] for row in range(len(sizes))]

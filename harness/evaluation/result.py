@@ -9,12 +9,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from harness.errors import Interrupted
 from harness.reports.report import write_losses
 from harness.scoring.significance import WrittenEvaluation
 
 
-class EvaluationInterrupted(Exception):
+class EvaluationInterrupted(Interrupted):
     """A stop was agreed on meanwhile; rows that are decoded are kept for the next start (`partial.py`)."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "stopped in the middle of the evaluation; rows that are decoded are kept",
+            hint="run the same command again to go on with the others",
+        )
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,11 @@ class Evaluation:
     def values(self) -> dict[str, float]:
         """Losses and scores by name."""
         return self.losses
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The ends of the 95 % intervals of scores: bleu_low, bleu_high, ..."""
+        return {}
 
     @property
     def signatures(self) -> dict[str, str]:

@@ -42,8 +42,7 @@ def beam_settings(config: RunConfig, task: DecodingTask) -> BeamSettings:
 
 def _bad_words(options: EvaluationConfig, task: DecodingTask) -> tuple[tuple[int, ...], ...]:
     """Token sequences of the texts as they are written at the start of a line and after a space, and <unk>."""
-    texts = [text for bad in options.bad_words for text in (bad, f" {bad}")]
-    found = [tuple(ids) for ids in (task.pieces(texts) if texts else []) if ids]
+    found = [way for bad in options.bad_words for way in task.ways_to_write(bad)]
     unknown = task.tokenizer.unk_token_id
     if not options.allow_unknown and unknown is not None:
         found.append((unknown,))

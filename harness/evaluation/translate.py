@@ -39,10 +39,10 @@ class Translator:
         """
         data = self.task.data
         rows = []
-        for line in lines:
+        for number, line in enumerate(lines, start=first + 1):
             source, *phrases = line.split("\t") if with_phrases else [line]
             languages = (data.source_language, data.target_language)
-            rows.append(Row("", source, "", *languages, constraints=PARTING.join(phrases)))
+            rows.append(Row(f"line {number}", source, "", *languages, constraints=PARTING.join(phrases)))
         return self.of_rows(rows, first)
 
     def of_rows(self, rows: Sequence[Row], first: int = 0) -> list[Translated]:

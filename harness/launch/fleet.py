@@ -180,7 +180,7 @@ class _Fleet:
             if answer == "kill":
                 self.end_within(0.0)
             elif answer == "stop":
-                self.terminal.say(f"harness: {number.name}: saving a checkpoint, then stopping")
+                self.terminal.say(f"harness: {number.name}: saving, then stopping")
                 self.stop(number)
 
     def stop(self, number: signal.Signals) -> None:

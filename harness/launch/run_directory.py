@@ -67,7 +67,8 @@ def completed(plan: Plan) -> str | None:
     config = read_json(path.with_name("plan.json")).get("config", {})
     if forbidden_changes(config, plan.config):
         return None
-    scores = "".join(f", test {name} {value:.4g}" for name, value in summary["test"].items())
+    shown = {name: "not finite" if value is None else f"{value:.4g}" for name, value in summary["test"].items()}
+    scores = "".join(f", test {name} {value}" for name, value in shown.items())
     return (
         f"{plan.run_dir} is complete: {summary['steps']} steps{scores}\n"
         f"  -> the model is in {plan.run_dir}/export; to train again give the run another `name`"

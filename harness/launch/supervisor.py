@@ -196,7 +196,7 @@ class _Supervision:
                 self.end_at_once()
             elif answer == "stop":
                 once_more = "; once more: stopping at once" if self.link is None else ""
-                self.terminal.say(f"harness: {number.name}: saving a checkpoint, then stopping{once_more}")
+                self.terminal.say(f"harness: {number.name}: saving, then stopping{once_more}")
                 self.stop_ranks(number)
 
     def on_orders(self, selector: selectors.BaseSelector) -> None:

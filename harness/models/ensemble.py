@@ -59,6 +59,8 @@ class EnsembleStepper:
     def __init__(self, ensemble: Ensemble, num_outputs: int) -> None:
         self.members = [Stepper(model, num_outputs) for model in ensemble.members]
         self.reads_alone = any(member.reads_alone for member in self.members)
+        tables = [member.num_positions for member in self.members if member.num_positions is not None]
+        self.num_positions = min(tables, default=None)
 
     @contextmanager
     def ready(self) -> Iterator[None]:

@@ -23,9 +23,11 @@ from harness.errors import ConfigError
 from harness.io.heap import kept_heap
 from harness.models.packed import packed
 from harness.models.tree import Slots, Tree, merge
+from harness.plan.parameters import position_limit
 
 MASKABLE = ("eager", "sdpa")  # attention that takes any mask
 KINDS = {"full_attention", "sliding_attention"}  # of decoder layers that a mask describes
+WITH_OWN_MASKS = {"gpt_neo"}  # which go by a token's place in the cache, not by its position
 
 
 class Stepper:
@@ -38,11 +40,13 @@ class Stepper:
         self.has_virtual_tokens = adapter is not None and adapter.is_prompt_learning
         self.is_encoder_decoder = bool(self.base.config.is_encoder_decoder)
         self.reads_alone = self.has_virtual_tokens and not self.is_encoder_decoder  # one forward pass for each row
+        self.num_positions = None if self.is_encoder_decoder else _positions_of_table(self.base, adapter)
         self.takes = inspect.signature(self.base.forward).parameters
         config = self.base.config.get_text_config()
         self.kinds = set(getattr(config, "layer_types", None) or ())
         self.window = getattr(config, "sliding_window", None)
-        if not self.is_encoder_decoder and ("position_ids" not in self.takes or self.kinds - KINDS):
+        is_maskable = "position_ids" in self.takes and not self.kinds - KINDS
+        if not self.is_encoder_decoder and (not is_maskable or config.model_type in WITH_OWN_MASKS):
             what = f"{config.model_type} cannot be decoded: beams share keys and values, which its attention cannot do"
             raise ConfigError(what, where="evaluation.metrics", hint="evaluation.metrics=[] scores the loss alone")
 
@@ -190,6 +194,13 @@ def _relative_bias(module: Any, tree: Tree) -> Tensor:
     )
     bias: Tensor = module.relative_attention_bias(buckets_R1C).permute(0, 3, 1, 2)
     return bias
+
+
+def _positions_of_table(base: Any, adapter: Any) -> int | None:
+    """How many tokens the table of positions of a decoder holds, virtual tokens aside; None if it has no table."""
+    positions = position_limit(base.config.to_dict())
+    virtual = adapter.num_virtual_tokens if adapter is not None and adapter.is_prompt_learning else 0
+    return None if positions is None else positions - virtual
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -35,7 +35,8 @@ _CLASSIFIERS: dict[str, Callable[[ModelJson, int], Tensors | None]] = {
 
 # Families with a table of positions -> its rows that no token can have.
 _POSITION_TABLES = {
-    "mbart": 0, "marian": 0, "gpt2": 0, "opt": 0, "bert": 0, "distilbert": 0, "roberta": 2, "xlm-roberta": 2,
+    "mbart": 0, "marian": 0, "bert": 0, "distilbert": 0, "roberta": 2, "xlm-roberta": 2,
+    "gpt2": 0, "gpt_bigcode": 0, "gpt_neo": 0, "gptj": 0, "codegen": 0, "opt": 0, "biogpt": 0,
 }  # fmt: skip
 
 

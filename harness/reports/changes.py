@@ -31,12 +31,13 @@ class Changes:
         """Metrics are compared where both evaluations have the same signature."""
         before = sentence_chrf(baseline.hypotheses, baseline.references)
         pairs = zip(baseline.hypotheses, sentences.hypotheses, strict=True)
-        shared = [n for n in baseline.metrics if scores.signatures.get(n) == baseline.scores["signatures"].get(n)]
+        signatures, language = baseline.scores.get("signatures", {}), scores.target_language
+        shared = [name for name, signature in scores.signatures.items() if signatures.get(name) == signature]
         return cls(
             baseline,
             [row for row, (old, new) in enumerate(pairs) if old != new],
             [new - old for old, new in zip(before, sentences.chrf, strict=True)],
-            {name: paired_bootstrap(baseline.statistics(name), scores.statistics[name]) for name in shared},
+            {name: paired_bootstrap(baseline.statistics(name, language), scores.statistics[name]) for name in shared},
         )
 
     @cached_property

@@ -17,6 +17,7 @@ MIN_SCRIPT_OVERLAP = 0.5
 MIN_TRIGRAMS = 2000  # of each side of a set, to be told apart
 MIN_TOLD_APART = 0.9  # of the texts of each side must fall on their own side
 MIN_EVIDENCE = 6.0  # nats by which the trigrams of an output must be likelier in the sources
+_KANA = {"HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA"}  # the last is the mark of a long vowel
 
 
 class Languages:
@@ -35,7 +36,7 @@ class Languages:
 
     def is_wrong(self, row: int, hypothesis: str) -> bool:
         reference = self._texts[1][row]
-        if sum(map(str.isalpha, hypothesis)) < MIN_LETTERS:
+        if not self._scripts or sum(map(str.isalpha, hypothesis)) < MIN_LETTERS:
             return False
         found = script_shares(hypothesis)
         if max(_overlap(found, script_shares(reference)), _overlap(found, self._scripts)) < MIN_SCRIPT_OVERLAP:
@@ -80,7 +81,7 @@ def trigrams(text: str) -> Counter[str]:
 
 
 def script_shares(text: str) -> Counter[str]:
-    """Share of each script among the letters: LATIN, CYRILLIC, CJK, HIRAGANA, ..., by the Unicode name."""
+    """Share of each script among the letters: LATIN, CYRILLIC, CJK, ..., by the Unicode name; KANA is both of them."""
     counts = Counter(_script(letter) for letter in text if letter.isalpha())
     total = counts.total()
     return Counter({script: count / total for script, count in counts.items()})
@@ -88,7 +89,8 @@ def script_shares(text: str) -> Counter[str]:
 
 @cache
 def _script(letter: str) -> str:
-    return unicodedata.name(letter, "?").split()[0]
+    script = unicodedata.name(unicodedata.normalize("NFKC", letter)[0], "?").split()[0]
+    return "KANA" if script in _KANA else script
 
 
 @cache

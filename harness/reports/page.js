@@ -20,6 +20,16 @@ function update() {
   shown.textContent = wanted || kind ? `${found} of ${items.length}` : "";
 }
 
+function showTarget() {
+  const target = document.querySelector(":target");
+  if (!target?.hidden) return;
+  box.value = "";
+  if (filter) filter.value = "";
+  update();
+  target.scrollIntoView();
+}
+
 document.querySelector(".search").hidden = false;
+window.addEventListener("hashchange", showTarget);
 box.addEventListener("input", update);
 filter?.addEventListener("change", update);

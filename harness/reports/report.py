@@ -72,7 +72,7 @@ def write_directory(directory: Path, scores: Mapping[str, Any], files: Mapping[s
 
     Raises HarnessError if `directory` holds anything that is not an evaluation's, OSError if it cannot be written.
     """
-    _refuse_other_files(directory)
+    refuse_other_files(directory)
     for leftover in directory.parent.glob(f".{directory.name}.*.tmp"):
         shutil.rmtree(leftover)
     temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}.tmp")
@@ -88,9 +88,8 @@ def write_directory(directory: Path, scores: Mapping[str, Any], files: Mapping[s
 
 def write_losses(directory: Path, losses: Mapping[str, float], num_rows: int, seconds: float) -> None:
     """scores.json of an evaluation that predicts nothing. Raises as `write_evaluation` does."""
-    _refuse_other_files(directory)
     size = {"sentences": num_rows, "decode_seconds": round(seconds, 3)}
-    write_json(directory / "scores.json", {**finite(losses), "signatures": {}, **size})
+    write_directory(directory, {**finite(losses), "signatures": {}, **size}, {})
 
 
 def finite(values: Mapping[str, float]) -> dict[str, float | None]:
@@ -117,11 +116,14 @@ def _summary(
 
 
 def _nbest_line(row: int, outputs: Sequence[Output]) -> str:
-    best = [{"text": one.text, "score": one.score} for one in outputs]
+    best = [{"text": one.text, **finite({"score": one.score})} for one in outputs]
     return json.dumps({"row": row, "outputs": best}, ensure_ascii=False) + "\n"
 
 
-def _refuse_other_files(directory: Path) -> None:
+def refuse_other_files(directory: Path) -> None:
+    """Raises HarnessError if `directory` holds anything that is not an evaluation's."""
+    if directory.exists() and not directory.is_dir():
+        raise HarnessError("a file is in the way of the directory", where=str(directory), hint="name another one")
     present = {path.name for path in directory.iterdir()} if directory.exists() else set()
     foreign = sorted(present - FILES - CLASS_FILES)
     if foreign:

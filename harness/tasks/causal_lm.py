@@ -6,6 +6,7 @@ to be learned, else -100. So no position predicts a token of another row, and a 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -66,9 +67,10 @@ class CausalTask(DecodingTask):
     def encode_sources(self, rows: Sequence[Row]) -> list[Encoded]:
         """Prompts of rows without an answer, of which only the source (and languages) is read.
 
-        Raises DataError for one of more than `data.max_length` tokens: its end is what asks for the answer.
+        The source of a pair loses its end where its prompt would have more than `data.max_length` tokens. Raises
+        DataError for any other prompt that is longer: its end is what asks for the answer.
         """
-        return [self._prompt(row) for row in rows]
+        return [self._asked(row) for row in rows]
 
     def collate(self, examples: Sequence[Example], device: torch.device) -> Batch:
         """Packs (or rows) padded at the end; no examples give one row without targets.
@@ -141,19 +143,29 @@ class CausalTask(DecodingTask):
             return bad_row(row, "too_long", f"its prompt has {self.data.max_length} tokens (data.max_length) or more")
         return row, example
 
-    def _prompt(self, row: Row) -> Encoded:
+    def _asked(self, row: Row) -> Encoded:
+        def prompt(num_characters: int | None = None) -> list[int]:
+            return self._prompt(replace(row, source=row.source[:num_characters]))
+
+        ids, limit = prompt(), self.data.max_length
+        is_cut = len(ids) > limit
+        if is_cut and self._prompts is not None:
+            fitting = bisect_right(range(len(row.source)), limit, key=lambda length: len(prompt(length))) - 1
+            ids = prompt(max(0, fitting))
+        if len(ids) > limit:
+            what = f"a prompt of {len(ids)} tokens is longer than data.max_length ({limit})"
+            raise DataError(what, where=row.where, hint=f"data.max_length={len(ids)}, if the model can read so much")
+        return Encoded(ids, [IGNORED] * len(ids), truncated=is_cut, num_targets=0)
+
+    def _prompt(self, row: Row) -> list[int]:
+        """Token ids of what asks for the row's answer."""
         if self._prompts is not None:
             row = self._prompts.written(row)
         if self._chat is not None:
             question: Message = {"role": "user", "content": row.source}
-            ids = self._chat.prompt(self._messages(replace(row, messages=(question,))), row.where)
-        else:
-            ids = list(self.tokenizer(row.source, verbose=False)["input_ids"])
-            ids = ids[:-1] if ids[-1:] == [self._eos] else ids
-        if len(ids) > self.data.max_length:
-            what = f"a prompt of {len(ids)} tokens is longer than data.max_length ({self.data.max_length})"
-            raise DataError(what, where=row.where, hint=f"data.max_length={len(ids)}, if the model can read so much")
-        return Encoded(ids, [IGNORED] * len(ids), num_targets=0)
+            return self._chat.prompt(self._messages(replace(row, messages=(question,))), row.where)
+        ids = list(self.tokenizer(row.source, verbose=False)["input_ids"])
+        return ids[:-1] if ids[-1:] == [self._eos] else ids
 
     def _marked(self, row: Row) -> list[MarkedTokens]:
         """The row in tokens before anything is cut."""

@@ -95,6 +95,10 @@ class DecodingTask(Task):
     def pieces(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts as they stand in an output, without special tokens."""
 
+    def ways_to_write(self, text: str) -> list[tuple[int, ...]]:
+        """Token ids of a text at the start of an output and after a space; one way if these are the same."""
+        return list(dict.fromkeys(tuple(ids) for ids in self.pieces([text, f" {text}"]) if ids))
+
     @abstractmethod
     def to_text(self, token_ids: Sequence[int]) -> str:
         """Text of a hypothesis, one line, without special tokens."""

@@ -21,6 +21,7 @@ from harness.io import heartbeat
 from harness.io.atomic import write_json
 from harness.models.assemble import assemble, load_with_adapter
 from harness.models.load import reload_model
+from harness.reports.report import finite
 from harness.tasks.task import Task
 from harness.training.merge import in_float32, merged
 from harness.training.prepare import base_digest, model_source
@@ -43,11 +44,11 @@ def finish(session: Session) -> None:
         raise _interrupted()
     chosen = kept_best(progress.best, progress.best_step) or progress.step
     last_step = progress.step
-    if chosen != progress.step:
-        go_back(session, chosen)
     scores = {}
     if session.rows.test is not None and session.config.evaluation is not None:
         try:
+            if chosen != last_step:
+                go_back(session, chosen)
             scores = evaluate_set(session, "test", session.rows.test).values
         except EvaluationInterrupted:
             raise _interrupted() from None
@@ -177,7 +178,7 @@ def write_summary(session: Session, last_step: int, chosen: int, scores: dict[st
         "early_stopping": stopping and stopping.model_dump(mode="json"),
         "exported_step": chosen,
         "best": progress.best,
-        "test": scores,
+        "test": finite(scores),
         "target_tokens": totals.target_tokens,
         "tokens_per_second": totals.tokens_per_second,
         "effective_training_time_ratio": totals.step_seconds / wall_time_s,

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,18 +19,20 @@ from harness.data.encoded import EncodedRows
 from harness.decoding.beam import BeamSettings, decode
 from harness.decoding.decode import Hypothesis
 from harness.engine.processes import find_device
-from harness.errors import ConfigError, ExitCode
+from harness.errors import ConfigError, DataError, ExitCode
 from harness.evaluation.settings import beam_settings
 from harness.io.atomic import write_json
 from harness.models.load import PACKED
 from harness.models.precision import in_precision
 from harness.tasks.task import DecodingTask
-from harness.training.offline import Member, Subject, languages_named_as_options, load_together, number_rows
+from harness.training.offline import languages_named_as_options, load_together, number_rows
 from harness.training.prepare import build_task
+from harness.training.subject import Member, Subject
 
 OPTION = "--invariance"
 NUM_SHOWN = 10  # changes that are printed
-Found = dict[int, Hypothesis]
+Found = dict[int, list[Hypothesis]]
+Differences = dict[int, tuple[Hypothesis, Hypothesis]]
 
 
 class Way(NamedTuple):
@@ -41,7 +44,7 @@ class Way(NamedTuple):
 
 
 class Change(NamedTuple):
-    """A row whose output differs from that of the first way; `is_tie`: not in float64."""
+    """A row with an output that differs from that of the first way; `is_tie`: not in float64."""
 
     row: int
     way: Way
@@ -65,17 +68,19 @@ class Sentences:
         return sizes
 
     def decoded(self, model: Any, way: Way, numbers: Sequence[int] | None = None) -> Found:
-        """The best output of all rows or those of these `numbers`."""
+        """The outputs of all rows or those of these `numbers`. Raises DataError if a row has none."""
         sizes = self.sizes
         chosen = range(len(sizes)) if numbers is None else numbers
         device = next(model.parameters()).device
-        found: dict[int, list[Hypothesis]] = {}
+        found: Found = {}
         for share in range(way.num_shares):
             decode(
                 model, sizes, lambda ids: self.task.collate_sources(self.rows.take(ids), device),
                 settings=self.settings, max_tokens=way.max_tokens, rows=chosen[share :: way.num_shares], found=found,
             )  # fmt: skip
-        return {row: best[0] for row, best in found.items()}
+        if not all(found.values()):
+            raise DataError("some rows have no output: the model's numbers are not finite", where=OPTION)
+        return found
 
 
 def ways(max_tokens: int) -> list[Way]:
@@ -97,12 +102,12 @@ def compare(model: Any, sentences: Sentences, max_tokens: int) -> tuple[list[dic
         started = time.monotonic()
         found[way] = sentences.decoded(model, way)
         figures.append({"way": way.name, "seconds": round(time.monotonic() - started, 2)})
-    changed = {way: _different(found[first], found[way]) for way in others}
+    changed = {way: differences(found[first], found[way]) for way in others}
     exact = _changed_in_float64(model, sentences, first, changed) if any(changed.values()) else {}
     changes = [
-        Change(row, way, found[first][row], found[way][row], row not in exact[way])
+        Change(row, way, *outputs, row not in exact[way])
         for way, rows in changed.items()
-        for row in rows
+        for row, outputs in rows.items()
     ]
     for way, figure in zip((first, *others), figures, strict=True):
         own = [change for change in changes if change.way == way]
@@ -111,21 +116,27 @@ def compare(model: Any, sentences: Sentences, max_tokens: int) -> tuple[list[dic
 
 
 def _changed_in_float64(
-    model: Any, sentences: Sentences, first: Way, changed: dict[Way, list[int]]
-) -> dict[Way, list[int]]:
+    model: Any, sentences: Sentences, first: Way, changed: dict[Way, Differences]
+) -> dict[Way, set[int]]:
     """Which of the rows that `changed` do so in double precision too, beside the same neighbours."""
     model.double()
     expected = sentences.decoded(model, first)
     exact = {}
     for way, rows in changed.items():
         is_alone = way.max_tokens == 0
-        found = sentences.decoded(model, way, rows if is_alone else None) if rows else {}
-        exact[way] = sorted(set(rows) & set(_different(expected, found)))
+        found = sentences.decoded(model, way, sorted(rows) if is_alone else None) if rows else {}
+        exact[way] = rows.keys() & differences(expected, found).keys()
     return exact
 
 
-def _different(first: Found, other: Found) -> list[int]:
-    return sorted(row for row in other if other[row].token_ids != first[row].token_ids)
+def differences(first: Found, other: Found) -> Differences:
+    """Of each row of `other` that does not have the same outputs in `first`, the first two that are not the same."""
+    found = {}
+    for row, outputs in sorted(other.items()):
+        pairs = zip_longest(first[row], outputs, fillvalue=Hypothesis([], 0.0))
+        if pair := next((pair for pair in pairs if pair[0].token_ids != pair[1].token_ids), None):
+            found[row] = pair
+    return found
 
 
 def check_invariance(

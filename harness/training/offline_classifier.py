@@ -22,8 +22,9 @@ from harness.io.atomic import read_json
 from harness.reports.class_report import rounded
 from harness.scoring.classification import answers, probabilities
 from harness.tasks.classification import ClassificationTask
-from harness.training.offline import Subject, load_for_inference
+from harness.training.offline import load_for_inference
 from harness.training.prepare import build_task
+from harness.training.subject import Subject
 from harness.training.validate import evaluation_directory
 
 ANSWERS = {"single_label": "label", "multi_label": "labels", "regression": "value"}

@@ -10,6 +10,7 @@ from types import FrameType
 
 from harness.errors import Interrupted
 from harness.launch.run_directory import STOP_FILE
+from harness.launch.signals import SENT_TO_RANKS
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
@@ -18,6 +19,10 @@ def stopped(step: int) -> Interrupted:
     """What every rank raises once the ranks have agreed to stop and the checkpoint of `step` is committed."""
     what = f"stopped and saved at step {step}" if step else "stopped before the first step"
     return Interrupted(what, hint="run the same command again to go on")
+
+
+def stopped_while_starting() -> Interrupted:
+    return Interrupted("stopped while starting", hint="run the same command again")
 
 
 class StopRequest:
@@ -32,6 +37,20 @@ class StopRequest:
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """`listen` to what a supervisor listens to, in a process that has none; signals ignored so far stay ignored."""
+        previous = {
+            number: signal.signal(number, self._on_signal)
+            for number in SENT_TO_RANKS
+            if signal.getsignal(number) is not signal.SIG_IGN
+        }
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
     def wanted(self) -> bool:
         """True once a signal arrived or `harness stop` left its file."""
         if not self.reason and self._file.exists():
@@ -44,7 +63,7 @@ class StopRequest:
         self._is_at_once = True
         try:
             if self.wanted():
-                raise stopped(0)
+                raise stopped_while_starting()
             yield
         finally:
             self._is_at_once = False
@@ -52,4 +71,4 @@ class StopRequest:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.reason = self.reason or signal.Signals(number).name
         if self._is_at_once:
-            raise stopped(0)
+            raise stopped_while_starting()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 
 from harness.data.encoded import EncodedRows
@@ -10,6 +11,7 @@ from harness.engine.gathered import whole_weights
 from harness.errors import DataError
 from harness.evaluation.decoded import Decoded
 from harness.evaluation.evaluate import evaluate
+from harness.evaluation.partial import Partial
 from harness.evaluation.result import Evaluation, EvaluationInterrupted
 from harness.io import heartbeat
 from harness.io.faults import fault_point
@@ -47,6 +49,8 @@ def evaluate_set(session: Session, name: str, rows: EncodedRows, num_rows: int |
     fault_point("evaluation")
     step = session.progress.step
     directory = evaluation_directory(session.run_dir, step, name)
+    partial = Partial(directory.with_name(f".{directory.name}.partial"), "", session.processes)
+    partial.remove_others(f".step-*-{name}.partial")
     with whole_weights(session.engine, session.processes) as has_all:
         result = evaluate(
             session.engine.module,
@@ -57,12 +61,13 @@ def evaluate_set(session: Session, name: str, rows: EncodedRows, num_rows: int |
             num_rows=num_rows,
             synced=not has_all,
             stop_wanted=session.stop.wanted,
-            partial=directory.with_name(f".{directory.name}.partial"),
+            partial=partial,
         )
     if session.processes.is_first:
         session.records.attempt("evaluations", lambda: result.write(directory))
+    partial.remove()
     session.processes.barrier()
-    values = {"sentences": result.num_rows, "decode_seconds": result.seconds, **result.values}
+    values = {"sentences": result.num_rows, "decode_seconds": result.seconds, **result.values, **result.limits}
     session.records.evaluation(step, name, values, signatures=result.signatures)
     if samples := list(itertools.islice(result.samples(), NUM_SAMPLES)):
         session.records.samples(step, name, samples)
@@ -75,10 +80,13 @@ def evaluation_directory(run_dir: Path, step: int, name: str) -> Path:
 
 
 def update_best(session: Session, result: Evaluation) -> None:
-    """Note whether the score of this step is better than all before, or one of the `keep_best` best; a collective."""
+    """Note whether the score of this step is better than all before, or one of the `keep_best` best; a collective.
+
+    A loss that is not finite is neither.
+    """
     progress, metric, options = session.progress, session.config.watched_metric or "", session.config.early_stopping
     value, sign = result.values[metric], 1.0 if HIGHER_IS_BETTER[metric] else -1.0
-    is_better = progress.best_value is None or sign * value > sign * progress.best_value
+    is_better = math.isfinite(value) and (progress.best_value is None or sign * value > sign * progress.best_value)
     if is_better and progress.best_step is not None and options is not None and options.significance is not None:
         assert isinstance(result, Decoded), "config/task_rules.py"
         is_better = is_significant(session, result, metric, options.significance)
@@ -86,9 +94,10 @@ def update_best(session: Session, result: Evaluation) -> None:
         progress.best_step, progress.best_value, progress.evaluations_without_gain = progress.step, value, 0
     else:
         progress.evaluations_without_gain += 1
-    scored = {**progress.best, str(progress.step): value}
-    ranked = sorted(scored.items(), key=lambda item: (int(item[0]) != progress.best_step, -sign * item[1]))
-    progress.best = dict(ranked[: session.config.checkpoint.keep_best])
+    if math.isfinite(value):
+        scored = {**progress.best, str(progress.step): value}
+        ranked = sorted(scored.items(), key=lambda item: (int(item[0]) != progress.best_step, -sign * item[1]))
+        progress.best = dict(ranked[: session.config.checkpoint.keep_best])
 
 
 def is_significant(session: Session, result: Decoded, metric: str, limit: float) -> bool:

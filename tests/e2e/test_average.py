@@ -15,7 +15,7 @@ from transformers import AutoModelForSeq2SeqLM
 from harness.cli.main import main
 from tests.llm_runs import llm_run
 from tests.pairs import PAIRS
-from tests.runs import run_ranks, tiny_run, write_pairs
+from tests.runs import harness, run_ranks, tiny_run, write_pairs, write_run
 from tests.tiny_llm import make_tiny_llm
 
 pytestmark = pytest.mark.slow
@@ -103,6 +103,38 @@ def test_of_an_adapter_its_own_weights_are_averaged(runs: Runs, tmp_path: Path) 
     assert all(torch.equal(found[name], mean.float()) for name, mean in expected.items())
     assert command("average", runs.adapter, tmp_path / "merged", "--last", 2, "--merge") == 0
     assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_a_run_that_became_worse_ends_at_its_last_step_and_exports_its_best(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    run = tiny_run(
+        tmp_path, tiny_models["mbart"], name="worse", checkpoint=SAVING, optimizer__lr=1.0,
+        data__validation=str(write_pairs(tmp_path / "rows.tsv", PAIRS[:6])),
+        schedule={"name": "linear", "warmup_steps": 7, "steps": 8}, evaluation={"every_steps": 2, "metrics": []},
+        launch__processes=1,
+    )  # fmt: skip
+    done = harness("train", str(write_run(run)))
+    assert done.returncode == 0, done.stdout + done.stderr
+    *_, last = (json.loads(line) for line in (tmp_path / "worse" / "metrics.jsonl").read_text().splitlines())
+    assert (last["event"], last["step"]) == ("stop", 8)
+    summary = json.loads((tmp_path / "worse" / "summary.json").read_text())
+    assert summary["exported_step"] < summary["steps"] == 8
+
+
+def test_the_current_directory_is_not_replaced(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for verb in ("average", "export"):
+        assert command(verb, runs.adapter, ".") == 2
+        assert "error: .: is the current directory, which cannot be replaced" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_warning_of_a_library_is_shown(runs: Runs, tmp_path: Path) -> None:
+    done = harness("average", str(runs.adapter), str(tmp_path / "average"))
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,16 @@ def feed(monkeypatch: pytest.MonkeyPatch, text: str | bytes) -> None:
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BufferedReader(stream)))
 
 
+def test_metrics_have_the_scores_of_the_files_and_the_ends_of_their_intervals(trained):
+    records = records_of(trained.dir, "evaluation")
+    assert {record["set"] for record in records} == {"validation", "test"}
+    for record in records:
+        scores = scores_of(trained.dir / "evaluations" / f"step-{record['step']:08d}-{record['set']}")
+        for name in ("chrf", "bleu", "ter"):
+            interval = [record[f"{name}_low"], record[f"{name}_high"]]
+            assert (record[name], interval) == (scores[name], scores["confidence"][name])
+
+
 class TestEvaluate:
     @pytest.mark.parametrize("processes", [1, 2])
     def test_gives_the_numbers_and_texts_of_training(self, trained, tmp_path, processes):
@@ -177,12 +187,17 @@ class TestEvaluate:
         [
             (["RUN", "evaluation.beam_sise=3"], 2, "did you mean `evaluation.beam_size`?"),
             (["RUN", "optimizer.lr=3"], 2, "only keys of evaluation and data count here"),
+            (["RUN", "evaluation.stop_strings=[x]"], 2, "has no meaning with task translation"),
             (["RUN", "evaluation.beam_groups=2"], 2, "override 'evaluation.beam_groups=2': evaluation.beam_groups: "),
             (["RUN", "--ensemble", "OTHER"], 3, "its tokeniser is another one"),
             (["RUN", "--data", "no.tsv"], 3, "no such file"),
             (["RUN", "--references", "x"], 2, "--data"),
             (["RUN", "--metrics", "bleu,rouge"], 2, "'rouge' is not one of bleu, chrf, chrf++, ter"),
             (["RUN", "--beam-size", "0"], 2, "at least 1"),
+            (["RUN", "evaluation.metrics=[accuracy]"], 2, "accuracy scores labels, and task translation has none"),
+            (["RUN", "--max-length-ratio", "-1"], 2, "evaluation.max_length_ratio: must be greater than 0, got -1.0"),
+            (["RUN", "--max-length", "1"], 2, "evaluation.max_target_length: must be"),
+            (["RUN", "--output", "TEST"], 1, "a file is in the way of the directory"),
             (["RUN", "--max-length", "900"], 2, "--max-length: 900 tokens are more than the model's 128 positions"),
             (["RUN", "--target-language", "de_AT"], 3, "nearest: de_DE"),
             (["RUN", "--output", "RUN"], 1, "not an evaluation's"),

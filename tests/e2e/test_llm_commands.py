@@ -143,6 +143,16 @@ def test_the_merged_export_is_the_run_in_plain_transformers(trained: SimpleNames
     assert answers == (trained.test_dir / "hypotheses.txt").read_text().splitlines()
 
 
+def test_rows_of_which_nothing_is_left_to_score(
+    trained: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "Open the file. " * 400, "completion": "Gut."}) + "\n")
+    options = ("--data", rows, "--format", "prompt", "--output", tmp_path / "set")
+    assert command("evaluate", trained.base, *options) == 3
+    assert "data.max_length: no row of the set has a token to be scored" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("overrides", "code", "place", "message"),
     [

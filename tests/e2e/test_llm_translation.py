@@ -83,6 +83,30 @@ def test_lines_are_translated_by_the_prompt_of_the_run(
     assert capsysbinary.readouterr().out.decode().splitlines() == [LEARNED[3][1], "", LEARNED[1][1]]
 
 
+def test_every_line_gives_one_line(
+    trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    odd = ["", " ", "\t", "Hi.\tThere.", "a\x0bb\x85c\u2028d", "שלום עולם", "{source} {x}", "\x00", "Hi.\r", "\u3000"]
+    lines = [LEARNED[3][0], *odd, "Open the table. " * 100, LEARNED[1][0]]
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO("\n".join(lines).encode())))
+    assert command("translate", trained.dir) == 0
+    out, err = capsysbinary.readouterr()
+    assert out.endswith(b"\n")
+    said = out.decode().removesuffix("\n").split("\n")
+    assert len(said) == len(lines)
+    assert (said[0], said[-1]) == (LEARNED[3][1], LEARNED[1][1])
+    assert [not text for text in said] == [not line.strip() for line in lines]
+    assert err.decode() == "line 12 makes a prompt of more than 256 tokens: its end was left out\n"
+
+
+def test_a_language_that_nobody_names_is_missed_before_a_line_is_read(
+    trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert command("translate", trained.model, "--source-language", "English") == 3
+    assert "error: --target-language: the prompt says {target_language}" in capsys.readouterr().err
+
+
 def test_a_model_without_training_is_scored_by_its_examples(trained: SimpleNamespace, tmp_path: Path) -> None:
     options = ["--source-language", "English", "--target-language", "German", "--beam-size", 1, "--max-length", 12]
     options += ["--format", "pairs", "--data", trained.rows, "--output", tmp_path / "shots"]

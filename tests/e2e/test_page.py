@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sacrebleu
 from PIL import Image
 
 from harness.decoding.beam import BeamSettings
+from harness.reports.class_report import Predictions, write_predictions
 from harness.reports.report import write_evaluation
 from harness.reports.sentences import Sentences
+from harness.scoring.classification import class_scores
 from harness.scoring.scores import LABELS, corpus_scores
 from harness.tasks.task import Output
 from tests.browser import NAMES, Browser, find_browser
@@ -54,6 +57,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     after[11] = references[11][:20]
     for step, hypotheses in ((100, before), (200, after)):
         outputs = [[Output(text, -0.25), Output(f"{text} <b>anders</b>", -0.5)] for text in hypotheses]
+        outputs[5][1] = Output("Rindfleischetikettierung" * 20, -0.5)
         scores = corpus_scores(hypotheses, references, target_language="de", bootstrap_samples=100)
         write_evaluation(
             run / f"step-{step:08d}-test",
@@ -79,13 +83,16 @@ def texts(browser: Browser, selector: str) -> list[str]:
     return browser.run(f"[...document.querySelectorAll({selector!r})].map(item => item.textContent)")
 
 
+def texts_of_cards(browser: Browser) -> dict[str, str]:
+    return dict(zip(texts(browser, ".cards li > small:first-child"), texts(browser, ".cards b"), strict=True))
+
+
 def test_scores_on_the_page_are_those_of_the_file_and_of_sacrebleu(browser, written):
     browser.open(written.page, width=DESKTOP)
-    cards = dict(zip(texts(browser, ".cards li > small:first-child"), texts(browser, ".cards b"), strict=True))
     bleu = sacrebleu.corpus_bleu(written.hypotheses, [written.references])
     chrf = sacrebleu.corpus_chrf(written.hypotheses, [written.references])
     ter = sacrebleu.corpus_ter(written.hypotheses, [written.references])
-    assert cards == {
+    assert texts_of_cards(browser) == {
         "BLEU": f"{bleu.score:.1f}", "chrF2": f"{chrf.score:.1f}", "TER": f"{ter.score:.1f}", "loss": "3.250",
         "nll": "2.125",
     }  # fmt: skip
@@ -153,6 +160,8 @@ def test_search_and_filters_leave_what_is_asked_for(browser, written):
     assert len(visible("", "worse")) == written.scores["baseline"]["worse"]
     assert len(visible("", "changed")) == written.scores["baseline"]["changed"]
     assert visible("und dann", "repetition") == [9]
+    browser.run("location.hash = '#line-4'; new Promise(done => setTimeout(done, 100))")
+    assert browser.run("document.querySelector('#line-4').checkVisibility()"), "a link leads to what was filtered out"
     assert visible("") == list(range(1, 272))
 
 
@@ -177,6 +186,14 @@ def test_n_best_outputs_unfold_and_stay_text(browser, written):
     assert "<b>anders</b>" in texts(browser, "#all .outputs li")[1]
 
 
+def test_a_long_word_among_the_n_best_is_not_cut_off(browser, written):
+    browser.open(written.page, width=PHONE)
+    browser.run("document.querySelector('#line-6').scrollIntoView()")
+    browser.run("document.querySelector('#line-6 summary').click()")
+    assert "Rindfleisch" in texts(browser, "#line-6 .outputs li")[1]
+    assert browser.run("(item => item.scrollWidth <= item.clientWidth)(document.querySelector('#line-6'))")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])
 def test_the_page_fits_and_is_silent(browser, written, width, scheme):
@@ -196,6 +213,26 @@ def test_the_page_fits_and_is_silent(browser, written, width, scheme):
         one["params"]["request"]["url"] for one in browser.events if one["method"] == "Network.requestWillBeSent"
     ]
     assert (said, requests) == ([], [written.page.as_uri()])
+
+
+def test_the_page_of_classified_rows_fits_a_phone(browser, tmp_path):
+    labels = [f"Abteilung für {name}" for name in ("Einkauf", "Verkauf", "Lager", "Versand", "<b>Personal</b>")]
+    gold, generator = np.arange(40) % len(labels), np.random.default_rng(1)
+    logits = generator.normal(size=(len(gold), len(labels))) + 2 * np.eye(len(labels))[gold]
+    texts = [f"Anfrage {row}" for row in range(len(gold))]
+    nothing = [None] * len(gold)
+    predictions = Predictions(texts, texts, nothing, labels, "single_label", logits, gold)
+    scores = class_scores(logits, gold, "single_label", ["accuracy", "macro_f1"])
+    write_predictions(tmp_path / "page", predictions, scores, seconds=1.0, losses={"loss": 1.5, "nll": 1.25})
+    browser.open(tmp_path / "page" / "report.html", width=PHONE)
+    assert texts_of_cards(browser) == {
+        "accuracy": f"{scores['accuracy']:.3f}", "macro F1": f"{scores['macro_f1']:.3f}", "loss": "1.500",
+        "nll": "1.250",
+    }  # fmt: skip
+    assert browser.run("document.documentElement.scrollWidth") <= PHONE
+    ends = browser.run("[...document.querySelectorAll('caption')].map(item => item.getBoundingClientRect().right)")
+    assert len(ends) == 2
+    assert max(ends) <= PHONE, "of a table that is wider the caption can be read all the same"
 
 
 def test_no_script_but_the_page_s_own_runs(browser, written):

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from transformers import MBartForConditionalGeneration
 
 from harness.config.schema import RunConfig
@@ -17,6 +19,7 @@ from harness.data.encoded import EncodedRows
 from harness.data.sources import as_source
 from harness.decoding.beam import BeamSettings
 from harness.evaluation import partial as partial_module
+from harness.evaluation.evaluate import measure_loss
 from harness.evaluation.outputs import decode_rows
 from harness.evaluation.partial import Partial
 from harness.evaluation.result import EvaluationInterrupted
@@ -113,12 +116,31 @@ def test_the_rest_is_decoded_and_nothing_twice(decoding: Decoding, before: int, 
     assert [[one.text for one in best] for best in found] == [[one.text for one in best] for best in whole]
     scores = [[one.score for best in outputs for one in best] for outputs in (found, whole)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
-    assert not decoding.partial.exists()
+    assert set(decoding.done) == second  # until what they are for is written
+
+
+def test_a_loss_is_not_measured_to_its_end_either(decoding: Decoding) -> None:
+    def on_rank(processes: Threads) -> int:
+        """How often this rank was asked whether it wants to stop; the last one does at its second batch."""
+        asked = 0
+
+        def stop_wanted() -> bool:
+            nonlocal asked
+            asked += 1
+            return processes.rank == 2 and asked == 2
+
+        with pytest.raises(EvaluationInterrupted):
+            measure_loss(
+                copy.deepcopy(decoding.model), decoding.rows, decoding.task, processes,
+                max_tokens=40, stop_wanted=stop_wanted,
+            )  # fmt: skip
+        return asked
+
+    assert on_ranks(3, on_rank) == [2, 2, 2]
 
 
 def test_rows_are_written_meanwhile_too(decoding: Decoding, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partial_module, "WRITE_EVERY_S", 0.0)
-    monkeypatch.setattr(Partial, "remove", lambda partial: None)
     found = decoding.start(2)
     written = sorted(path.name for path in decoding.partial.iterdir())
     assert written == ["after-0-rank-0.json", "after-0-rank-1.json"]
@@ -133,11 +155,35 @@ def test_rows_of_another_evaluation_do_not_count(decoding: Decoding) -> None:
     assert decoding.rows.taken == set(range(NUM_ROWS))
 
 
-def test_rows_of_another_step_are_deleted(decoding: Decoding) -> None:
-    stale = decoding.partial.with_name(".step-3.partial")
-    stale.mkdir(parents=True)
-    decoding.start(1)
-    assert not list(stale.parent.iterdir())
+def test_the_time_of_all_starts_counts(tmp_path: Path) -> None:
+    def start(num_rows: int, num_ranks: int, *seconds: float) -> float:
+        """Decodes rows up to `num_rows` in so many seconds on each rank; the time that was taken before."""
+
+        def on_rank(processes: Threads) -> float:
+            partial = Partial(tmp_path / "partial", "key", processes)
+            partial.read()
+            partial.started -= seconds[processes.rank]
+            partial.write({row: [] for row in range(partial.num_before, num_rows)})
+            return partial.seconds_before
+
+        before, *others = on_ranks(num_ranks, on_rank)
+        assert all(other == before for other in others)
+        return float(before)
+
+    assert start(3, 2, 100.0, 300.0) == 0.0
+    assert start(5, 1, 1000.0) == pytest.approx(300.0, abs=5.0)
+    assert start(6, 2, 0.0, 0.0) == pytest.approx(1300.0, abs=5.0)
+
+
+def test_rows_of_other_steps_are_deleted_and_nothing_else(tmp_path: Path) -> None:
+    names = [".step-3.partial", ".step-7.partial", ".step-3-other.partial", "step-3"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    partial = Partial(tmp_path / ".step-7.partial", "key", Threads(0, 0, 1, torch.device("cpu"), dist.HashStore()))
+    partial.remove_others(".step-?.partial")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
+    partial.remove()
+    assert not partial.directory.exists()
 
 
 def test_a_full_disk_costs_only_the_time(decoding: Decoding) -> None:

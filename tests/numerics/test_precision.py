@@ -20,7 +20,8 @@ from harness.models.adapters import METHODS, add_adapter
 from harness.models.load import load_model, reload_model
 from harness.models.precision import Int8Linear, in_precision
 from harness.scoring.scores import corpus_scores
-from harness.training.offline import open_subject, open_translator
+from harness.training.offline import open_translator
+from harness.training.subject import open_subject
 from tests.numerics.test_adapters import inputs_of, load, logits_of, trained_adapter
 from tests.runs import REPOSITORY
 from tests.tiny_llm import make_tiny_llm

@@ -10,11 +10,13 @@ import torch
 from transformers import AutoTokenizer
 
 from harness.config.schema import RunConfig
+from harness.evaluation.outputs import phrases_of
 from harness.evaluation.settings import beam_settings
 from harness.evaluation.translate import Translated, Translator
 from harness.tasks.task import DecodingTask
-from harness.training.offline import load_for_inference, open_subject
+from harness.training.offline import load_for_inference
 from harness.training.prepare import build_task
+from harness.training.subject import open_subject
 from tests.pairs import PAIRS
 from tests.tiny import LANGUAGES
 from tests.tiny_llm import make_tiny_llm
@@ -55,6 +57,25 @@ def test_bad_words_are_forbidden_as_they_are_written(tiny_models: dict[str, Path
     expected = [tuple(tokenizer(**{text: one}, add_special_tokens=False)["input_ids"]) for one in written]
     assert set(constraints.bad_words) == set(expected)
     assert len(constraints.bad_words) == (4 if family == "llm" else 2), "sentencepiece always puts a space first"
+
+
+@pytest.mark.parametrize("family", ["mbart50", "marian", "t5", "llm"])
+def test_phrases_are_met_as_they_are_written_at_the_start_or_after_a_space(
+    tiny_models: dict[str, Path], tmp_path: Path, family: str
+) -> None:
+    directory = make_tiny_llm(tmp_path / "llm") if family == "llm" else tiny_models[family]
+    source, target = LANGUAGES.get(family, (None, None))
+    task = build_task(
+        open_subject(str(directory), {"data": {"source_language": source, "target_language": target}}).config
+    )
+    assert isinstance(task, DecodingTask)
+    phrases = phrases_of(["file ||| the window", None, " ||| "], task)
+    assert list(phrases) == [0]
+    texts = [{task.to_text(way) for way in phrase} for phrase in phrases[0]]
+    assert texts == [{"file"}, {"the window"}]
+    first = {task.tokenizer.decode(way)[0] for phrase in phrases[0] for way in phrase}
+    assert [len(phrase) for phrase in phrases[0]] == ([2, 2] if family == "llm" else [1, 1])
+    assert first == ({" ", "f", "t"} if family == "llm" else {"f", "t"}), "sentencepiece always puts a space first"
 
 
 def test_the_unknown_token_is_left_out_on_demand(tiny_models: dict[str, Path]) -> None:

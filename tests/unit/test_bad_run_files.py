@@ -363,6 +363,7 @@ def test_one_mistake_gives_one_message_with_its_place(
         (*CLASSES, "freeze={layers: 0-3, until_step: 20}"),
         (LORA, "model.quantization={bits: 8}"),
         ("adapter={method: bottleneck, bottleneck_size: 32, dropout: 0.1}",),
+        (*PROMPTS, "data.constraints_column=terms", "evaluation={metrics: [bleu], max_tokens_per_device: 8192}"),
         ("evaluation.sampling={top_k: 10, top_p: 0.9}", "evaluation.num_hypotheses=8"),
         ("evaluation.minimum_risk={utility: bleu}", "evaluation.sampling={temperature: 0.8}"),
         ("evaluation={preset: marian, num_hypotheses: 12, bad_words: [foo], allow_unknown: false}",),

@@ -91,7 +91,8 @@ class TestCompleted:
         def ask(steps: int, *overrides: str) -> str | None:
             plan = plan_run(path, always, world_size=1)
             stopping = {"metric": "bleu", "patience": 3, "significance": None}
-            summary = {"steps": steps, "total_steps": 100, "early_stopping": stopping, "test": {"bleu": 12.5}}
+            scores = {"bleu": 12.5, "loss": None}
+            summary = {"steps": steps, "total_steps": 100, "early_stopping": stopping, "test": scores}
             write_json(tmp_path / "enro" / "plan.json", plan.to_json())
             write_json(tmp_path / "enro" / "summary.json", summary)
             return completed(plan_run(path, [*always, *overrides], world_size=1))
@@ -99,7 +100,7 @@ class TestCompleted:
         return ask
 
     def test_a_run_of_all_its_steps_is_over_whatever_stops_early(self, ask):
-        assert "100 steps, test bleu 12.5" in (ask(100) or "")
+        assert "100 steps, test bleu 12.5, test loss not finite" in (ask(100) or "")
         assert ask(100, "early_stopping=null", "evaluation.beam_size=1", "launch.processes=1")
 
     def test_a_run_that_early_stopping_ended_goes_on_when_that_section_changes(self, ask):

@@ -127,6 +127,20 @@ def test_chinese_is_not_japanese():
     assert script_shares("ab 1 я!") == {"LATIN": pytest.approx(2 / 3), "CYRILLIC": pytest.approx(1 / 3)}
 
 
+def test_names_in_katakana_are_japanese_at_any_width():
+    references = [
+        "ブラウザー Internet Explorer",
+        *["文書を保存するにはボタンをクリックします。", "設定を選びます。"] * 5,
+    ]
+    for output in ("インターネットエクスプローラー", "ｲﾝﾀｰﾈｯﾄｴｸｽﾌﾟﾛｰﾗｰ"):
+        assert found(list("abcdefghijk"), references, [output, *references[1:]])["wrong_language"] == []
+    assert script_shares("ＡＢｱイう") == {"LATIN": pytest.approx(2 / 5), "KANA": pytest.approx(3 / 5)}
+
+
+def test_references_without_letters_tell_nothing_of_a_language():
+    assert found(["ein Preis"], ["12,50"], ["a price in euros"])["wrong_language"] == []
+
+
 def test_each_pair_of_languages_is_judged_by_its_own_rows(real):
     """Half of the rows go from English to German, half back: outputs right in one half are wrong in the other."""
     english, german = real

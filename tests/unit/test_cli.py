@@ -13,7 +13,7 @@ import pytest
 
 from harness.cli import doctor
 from harness.cli.main import VERBS, main
-from harness.errors import ConfigError, DataError, HarnessError, Interrupted, NonFiniteError, ResourceError
+from harness.errors import ConfigError, DataError, ExitCode, HarnessError, Interrupted, NonFiniteError, ResourceError
 from tests.run_files import write_run_file
 
 IN_A_FRESH_PYTHON = """
@@ -95,7 +95,8 @@ def test_user_errors_have_their_exit_codes_and_no_traceback(
 ) -> None:
     pretend(monkeypatch, error)
     assert main(["schema"]) == code
-    assert capsys.readouterr().err == "error: there: x\n  -> do this\n"
+    kind = "harness" if code == ExitCode.INTERRUPTED else "error"
+    assert capsys.readouterr().err == f"{kind}: there: x\n  -> do this\n"
     assert main(["schema", "--debug"]) == code
     assert "Traceback" in capsys.readouterr().err
 

@@ -199,6 +199,14 @@ def test_compare_shows_differences_and_scores(tmp_path: Path, capsys: pytest.Cap
     assert "-12.5 at 2" in out, "of a loss the least is best"
 
 
+def test_compare_shows_a_run_whose_loss_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [make_run(tmp_path / name, config={}) for name in ("a", "b")]
+    with (runs[1] / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "step", "step": 9, "loss": null}\n')
+    [line] = [line for line in shown(capsys, "compare", *runs).splitlines() if line.startswith("training loss")]
+    assert line.endswith("not finite")
+
+
 def test_compare_of_many_runs_has_a_line_for_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [make_run(tmp_path / f"r{seed}", config={"seed": seed}) for seed in range(12)]
     lines = shown(capsys, "compare", *runs).splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,19 @@ def test_a_prompt_that_is_not_whole_is_refused() -> None:
     assert scored.reason == "too_long"
     with pytest.raises(DataError, match=r"longer than data\.max_length"):
         task.encode_sources(ROWS[:1])
+
+
+@pytest.mark.parametrize("tokenizer", [CHAT, PLAIN], ids=["chat", "plain"])
+def test_a_line_is_cut_until_its_prompt_fits(tokenizer: Any) -> None:
+    task = task_of(tokenizer, max_length=150)
+    source = " ".join(source for source, _ in PAIRS)
+    long, short = task.encode_sources([Row("line 1", text, "", "English", "German") for text in (source, "Hi.")])
+    assert (long.truncated, short.truncated) == (True, False)
+    assert len(long.input_ids) in range(147, 151)
+    text = tokenizer.decode(long.input_ids)
+    (kept,) = re.findall(r"\nEnglish: (.*)\nGerman:", text)
+    assert source.startswith(kept)
+    assert text.replace(kept, "Hi.") == tokenizer.decode(short.input_ids)
 
 
 def test_check_shows_the_prompt_as_text(tmp_path: Path) -> None:

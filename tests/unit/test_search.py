@@ -82,8 +82,8 @@ def test_fairseq(seed: int, beams: int, length_penalty: float) -> None:
     assert_same(found, sorted(finished, reverse=True))
 
 
-@given(seeds, beam_sizes, penalties)
-def test_gnmt(seed: int, beams: int, length_penalty: float) -> None:
+@given(seeds, beam_sizes, penalties, st.integers(1, 2))
+def test_gnmt(seed: int, beams: int, length_penalty: float, wanted: int) -> None:
     toy, running, finished = Toy(seed), [(0.0, ())], []
     for length in range(1, LONGEST + 1):
         candidates = toy.continuations(running, 2 * beams)
@@ -91,10 +91,12 @@ def test_gnmt(seed: int, beams: int, length_penalty: float) -> None:
         finished += [(total / ((5 + length) / 6) ** length_penalty, tokens) for total, tokens in ended]
         finished = sorted(finished, reverse=True)[:beams]
         running = [one for one in candidates if one[1][-1] != END][:beams]
-        if finished and running[0][0] / ((5 + LONGEST) / 6) ** length_penalty < finished[-1][0]:
+        has_enough = len(finished) >= (1 if wanted == 1 else beams)
+        rival = finished[0 if wanted == 1 else -1][0] if has_enough else -math.inf
+        if running[0][0] / ((5 + LONGEST) / 6) ** length_penalty < rival:
             break
     cut = [(total / ((5 + LONGEST) / 6) ** length_penalty, tokens) for total, tokens in running]
-    [found] = search(toy, beams, BeamSearch((END,), length_penalty, PRESETS["gnmt"]))
+    [found] = search(toy, beams, BeamSearch((END,), length_penalty, PRESETS["gnmt"], num_wanted=wanted))
     assert_same(found, finished or sorted(cut, reverse=True)[:beams])
 
 

@@ -94,6 +94,18 @@ def test_a_directory_that_lacks_something_is_refused(tmp_path):
         WrittenEvaluation.read(directory)
 
 
+def test_outputs_without_scores_are_scored_as_those_that_they_are_compared_with(tmp_path):
+    """Of another tool, say: nothing tells that they are Chinese, and 13a would take a sentence for a word."""
+    references = ["我喜欢喝热茶。", "今天的天气很好。", "打开新的文件夹。"] * 14
+    outputs = ["我喜欢喝茶。", "今天天气很好。", "打开文件夹。"] * 14
+    plain, scored = (write(tmp_path / name, outputs, references, target_language="zh") for name in ("plain", "scored"))
+    (plain / "scores.json").unlink()
+    for directories in ((plain, scored), (scored, plain)):
+        differences = compare_written(*map(WrittenEvaluation.read, directories))
+        assert {name: one.delta for name, one in differences.items()} == {"bleu": 0.0, "chrf": 0.0}
+        assert differences["bleu"].score > 10
+
+
 def test_compare_tests_evaluation_directories(tmp_path, capsys):
     directories = [write(tmp_path / name, texts) for name, texts in (("bad", BAD), ("good", GOOD), ("same", BAD))]
     (directories[2] / "scores.json").unlink()  # any two files of lines can be compared

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ from harness.evaluation.decoded import Decoded
 from harness.evaluation.result import Evaluation
 from harness.scoring.scores import corpus_scores
 from harness.tasks.task import Output
+from harness.training.finish import write_summary
 from harness.training.records import RunRecords
 from harness.training.session import Progress, Session
 from harness.training.validate import evaluation_directory, kept_best, should_stop_early, update_best
@@ -127,3 +129,14 @@ def test_a_loss_is_watched_without_outputs(tmp_path):
         run.progress.step = step
         update_best(run, Evaluation({"loss": nll, "nll": nll}, 10, 1.0))
     assert (run.progress.best_step, run.progress.best) == (4, {"4": 2.0})
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(tmp_path):
+    run = session(tmp_path, early_stopping={"metric": "nll"}, checkpoint={"keep_best": 2})
+    for step, nll in [(2, math.nan), (4, 3.0), (6, math.nan), (8, 2.0), (10, -math.inf)]:
+        run.progress.step = step
+        update_best(run, Evaluation({"loss": nll, "nll": nll}, 10, 1.0))
+    assert (run.progress.best_step, run.progress.best) == (8, {"8": 2.0, "4": 3.0})
+    assert run.progress.evaluations_without_gain == 1
+    write_summary(run, last_step=10, chosen=8, scores={"loss": math.inf, "nll": 2.0})
+    assert json.loads((tmp_path / "summary.json").read_text())["test"] == {"loss": None, "nll": 2.0}
