@@ -16,8 +16,9 @@ from harness.data.encoded import EncodedRows
 from harness.engine.processes import Processes
 from harness.evaluation.forward import forward_rows
 from harness.evaluation.result import Evaluation
-from harness.reports.class_report import Predictions, write_predictions
+from harness.reports.class_report import write_predictions
 from harness.reports.confusion import MAX_LABELS, confusion_image
+from harness.reports.predictions import Predictions
 from harness.scoring.classification import class_scores
 from harness.scoring.significance import WrittenEvaluation
 from harness.tasks.classification import ClassificationTask

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from harness.reports.html import NUM_LISTED, NUM_WORST, bar, html_page, search_box, table
 from harness.reports.page import cards
+from harness.reports.predictions import Predictions
 from harness.scoring.classification import NUM_BINS
-
-if TYPE_CHECKING:
-    from harness.reports.class_report import Predictions
 
 MAX_MATRIX_LABELS = 30
 NUM_CONFUSIONS = 30

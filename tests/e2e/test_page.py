@@ -16,7 +16,8 @@ import sacrebleu
 from PIL import Image
 
 from harness.decoding.beam import BeamSettings
-from harness.reports.class_report import Predictions, write_predictions
+from harness.reports.class_report import write_predictions
+from harness.reports.predictions import Predictions
 from harness.reports.report import write_evaluation
 from harness.reports.sentences import Sentences
 from harness.scoring.classification import class_scores

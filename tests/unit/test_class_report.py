@@ -13,8 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from harness.errors import HarnessError
 from harness.reports.class_page import MAX_MATRIX_LABELS
-from harness.reports.class_report import Predictions, write_predictions
+from harness.reports.class_report import write_predictions
 from harness.reports.confusion import MAX_LABELS, confusion_image
+from harness.reports.predictions import Predictions
 from harness.scoring.classification import class_scores, one_hot
 from harness.training.event_file import EventFile
 
