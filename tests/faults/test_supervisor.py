@@ -162,7 +162,7 @@ sys.exit(75)
     assert code == 75
     name = "SIGTERM" if number is signal.SIGHUP else number.name
     assert out == f"saved after ['{name}']\n"
-    assert err.startswith(f"harness: {number.name}: saving a checkpoint")
+    assert err.startswith(f"harness: {number.name}: saving, then stopping")
     assert err.rstrip().endswith("run the same command again: it starts from the beginning")
 
 
