@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -398,14 +396,8 @@ class TestTrainAgain:
             launch={"processes": 1},
         )
         path, run_dir = write_run(run), tmp_path / "stopped"
-        process = subprocess.Popen([sys.executable, "-m", "harness", "train", str(path)], cwd=REPOSITORY)
-        deadline = time.monotonic() + 120
-        while not (run_dir / "metrics.jsonl").is_file() or not records_of(run_dir, "checkpoint"):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 75
+        stopped = harness("train", str(path), HARNESS_FAULT="decode:2:SIGTERM")
+        assert stopped.returncode == 75, stopped.stderr
         (stop,) = records_of(run_dir, "stop")
         assert (stop["step"], stop["world_size"]) == (20, 1)
         assert "last evaluation" in stop["reason"]
