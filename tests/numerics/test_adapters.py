@@ -211,7 +211,7 @@ def test_greedy_search_takes_what_the_forward_pass_finds_best(
                 break
             outputs.append(best)
         assert hypothesis.token_ids == outputs
-        assert hypothesis.score == pytest.approx(score, abs=1e-3)
+        assert hypothesis.score == pytest.approx(score, rel=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "mbart"])
@@ -230,4 +230,4 @@ def test_beam_search_finds_what_generate_finds(method: str, family: str, directo
         suppress_tokens=[1], pad_token_id=1, eos_token_id=2, output_scores=True, return_dict_in_generate=True, **start,
     )  # fmt: skip
     scores = [one[0].score for one in found]
-    assert scores == pytest.approx(expected.sequences_scores.tolist(), rel=1e-4)
+    assert scores == pytest.approx(expected.sequences_scores.tolist(), rel=1e-5)

@@ -188,7 +188,7 @@ def test_every_preset_decodes_a_model_and_gives_its_own_scores(preset):
                 logits = model(batch[0][row : row + 1], batch[1][row : row + 1], decoder_input_ids=inputs).logits
             log_p = logits.log_softmax(-1).gather(2, outputs.unsqueeze(2)).sum()
             divisor = settings.convention.divisor(torch.tensor(outputs.shape[1]), 1.0)
-            assert one.score == pytest.approx(float(log_p / divisor), rel=1e-4)
+            assert one.score == pytest.approx(float(log_p / divisor), rel=1e-5)
         assert found[row][0].score >= found[row][1].score
 
 
@@ -267,7 +267,7 @@ def test_rows_may_start_with_different_languages(model, family):
             decoder_start_B=torch.tensor(starts[row : row + 1]), forced_first=None if forced is None else tag,
         )  # fmt: skip
         assert together[row][0].token_ids == alone[0].token_ids
-        assert together[row][0].score == pytest.approx(alone[0].score, rel=1e-4)
+        assert together[row][0].score == pytest.approx(alone[0].score, rel=1e-5)
 
 
 def test_outputs_do_not_depend_on_the_neighbours(model, family):
@@ -279,7 +279,7 @@ def test_outputs_do_not_depend_on_the_neighbours(model, family):
         batch = input_ids_BS[order, :width], attention_mask_BS[order, :width]
         for row, [hypothesis] in zip(order.tolist(), search(model, family, batch, settings), strict=True):
             assert hypothesis.token_ids == whole[row][0].token_ids
-            assert hypothesis.score == pytest.approx(whole[row][0].score, rel=1e-4)
+            assert hypothesis.score == pytest.approx(whole[row][0].score, rel=1e-5)
 
 
 def test_more_hypotheses_than_beams_is_a_programming_error():

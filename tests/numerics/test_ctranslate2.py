@@ -36,4 +36,5 @@ def test_outputs_and_scores_are_those_of_ctranslate2() -> None:
     )  # fmt: skip
     for row, outputs in zip(golden["rows"], found, strict=True):
         assert [one.token_ids for one in outputs] == [one["tokens"] for one in row["outputs"]]
-        assert [one.score for one in outputs] == pytest.approx([one["score"] for one in row["outputs"]], rel=1e-4)
+        # Against the same scores in float64 ours are within 5e-7, those of the toolkit within 2.4e-5.
+        assert [one.score for one in outputs] == pytest.approx([one["score"] for one in row["outputs"]], rel=5e-5)

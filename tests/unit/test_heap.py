@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 
@@ -22,15 +23,15 @@ def resident_after(uses):
 
 before = resident_after(1)
 with kept_heap():
-    once, often = resident_after(1), resident_after(50)
-print(json.dumps([before, once, often, resident_after(0)]))
+    once, often, still = resident_after(1), resident_after(50), resident_after(50)
+print(json.dumps([before, once, often, still, resident_after(0)]))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
 def test_memory_of_large_tensors_is_used_again_and_then_given_back() -> None:
     run = subprocess.run([sys.executable, "-c", PROGRAM], check=True, capture_output=True, text=True)
-    before, once, often, afterwards = json.loads(run.stdout)
+    before, once, often, still, afterwards = json.loads(run.stdout)
     assert once > before + SIZE / 2
-    assert often < before + 9 * SIZE  # one place for each alignment
+    assert still < often + SIZE / 2  # often: until the heap has a place for every alignment
     assert afterwards < before + SIZE / 2
